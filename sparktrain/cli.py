@@ -1,0 +1,133 @@
+"""How a user says what to run: TOML file, then command-line overrides, with ``--help`` from the field docs.
+
+``parse(RunConfig, argv)`` takes ``[CONFIG.toml] [--section.key value ...]``; ``main(job)`` runs a job and turns a
+user's mistake into one line on stderr and an exit code. Parsing, merging and help are pydantic-settings'.
+"""
+
+import difflib
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import CliApp, SettingsError
+
+from sparktrain.errors import ConfigError, SparktrainError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def parse(model: type[Config], argv: Sequence[str]) -> Config:
+    """The settings in ``argv``: an optional TOML file first, then ``--section.key value`` overrides.
+
+    Raises :class:`ConfigError` with one line naming the file or flag, the key, and what was expected.
+    """
+    file = argv[0] if argv and not argv[0].startswith("-") else None
+    flags = list(argv[1:] if file else argv)
+    values = _read_toml(Path(file), model) if file else {}
+    settings = type(
+        model.__name__,
+        (model,),
+        {
+            "model_config": {
+                "cli_exit_on_error": False,
+                "cli_implicit_flags": True,
+                "cli_prog_name": f"{Path(sys.argv[0]).name} [CONFIG.toml]",
+                "cli_avoid_json": True,
+            },
+            "__doc__": model.__doc__,
+            "__module__": model.__module__,
+        },
+    )
+    try:
+        parsed = CliApp.run(settings, cli_args=flags, **values)
+    except ValidationError as error:
+        raise ConfigError(_first_line(error, model, "command line" if not file else f"{file} and command line")) from None
+    except SettingsError as error:
+        raise ConfigError(_unrecognized(str(error), model)) from None
+    return model.model_validate(parsed.model_dump())
+
+
+def main(job: Callable[[list[str]], int | None]) -> None:
+    """Run ``job(argv)`` and exit: 0 or what it returns; one line and the error's code for a user's mistake."""
+    try:
+        code = job(sys.argv[1:]) or 0
+    except SparktrainError as error:
+        if os.environ.get("SPARKTRAIN_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _read_toml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """The file's values, checked strictly: a quoted number is a mistake in a file, though not on a command line."""
+    if not file.is_file():
+        raise ConfigError(f"config file {file} does not exist: give the path of a TOML file, such as conf/quickstart.toml")
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    try:
+        model.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        # Keys may still come from the command line, and rules over several keys are checked once all are known.
+        wrong = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
+        if wrong:
+            raise ConfigError(_describe(wrong[0], model, str(file))) from None
+    return values
+
+
+def _first_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    return _describe(error.errors()[0], model, where)
+
+
+def _describe(error: Any, model: type[BaseModel], where: str) -> str:
+    """One line for one pydantic error: file, key, what was wrong, what was found, what to do."""
+    kind, location = error["type"], [str(part) for part in error["loc"]]
+    known = _keys(model)
+    # A tagged union puts its tag into the location (strategy.distro.lr); the user never wrote it.
+    key = ".".join(location)
+    if key not in known and len(location) > 2:
+        key = ".".join(location[:1] + location[2:])
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key {key}{_did_you_mean(key, known)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return message
+    found = "" if kind == "missing" else f", found {error['input']!r}"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}{found}; see --help"
+
+
+def _unrecognized(message: str, model: type[BaseModel]) -> str:
+    flag = re.search(r"unrecognized arguments: (\S+)", message)
+    if not flag:
+        return f"command line: {message.removeprefix('error parsing CLI: ')}; see --help"
+    name = flag.group(1).split("=")[0]
+    return f"command line: unknown option {name}{_did_you_mean(name.lstrip('-'), _keys(model), '--')}"
+
+
+def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    return f": did you mean {prefix}{near[0]}?" if near else "; see --help for all keys"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a settings tree; a union of sections counts as the sum of its members."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        members = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+        for section in sections:
+            keys += _keys(section, f"{prefix}{name}.")
+        if not sections:
+            keys.append(prefix + name)
+    return keys

@@ -1,0 +1,179 @@
+"""What a run is: one frozen, validated tree of settings.
+
+``RunConfig`` is written resolved to the run directory and read back by every rank. How a user says it (TOML file,
+command line, ``--help``) is ``cli.py``. A strategy's settings are one frozen class here and one entry of
+``Strategy``; the code is one file under ``train/strategies``.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    dir: Path = Path("runs/default")
+    """Run directory: everything a run leaves. Every executor must be able to write it."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds the order of the data and the initial weights."""
+    log_every: int = Field(10, ge=1)
+    """Rank 0 prints one line every so many steps."""
+
+
+class Data(Section):
+    path: Path = Path("data/train")
+    """Directory with the token shards (*.ds) to train on. Every executor must be able to read it."""
+    heldout: Path | None = None
+    """Directory with shards to measure the held-out loss on, before and after training."""
+    heldout_sequences: int = Field(256, ge=1)
+    """At most so many held-out sequences are measured: evenly spaced, the same for any number of ranks."""
+    sequence_length: int = Field(1024, ge=2)
+    """Tokens a sequence is trained on; S+1 tokens are read at stride S, so that no boundary token is lost."""
+
+
+class Model(Section):
+    from_pretrained: str | None = None
+    """Local model directory or Hugging Face hub id to start from; none: start from scratch."""
+    revision: str | None = None
+    """Git revision of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model directory. Off unless you trust its author."""
+    architecture: str = "llama"
+    """Hugging Face model type to build from scratch (llama, qwen3, gpt2, ...)."""
+    sizes: dict[str, Any] = {}
+    """Fields of that model's Hugging Face config, such as hidden_size; vocab_size defaults to the tokenizer's."""
+    tokenizer: Path | None = None
+    """Tokenizer directory, copied into the trained model; default: ../tokenizer beside data.path, if there."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the parameters."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Hugging Face attention implementation."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+
+class Train(Section):
+    steps: int = Field(1000, ge=1, le=2**40)
+    """Optimizer steps."""
+    total_batch: int = Field(64, ge=1)
+    """Sequences per step over all ranks. The batches do not depend on the number of ranks."""
+    micro_batch: int = Field(8, ge=1)
+    """Sequences per forward pass of one rank; the gradient is accumulated over the rank's share of the batch."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Run the forward pass in this type while parameters keep theirs."""
+    accumulate_fp32: bool = False
+    """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the gradient to this global norm; 0 leaves it as it is."""
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> "Train":
+        if self.micro_batch > self.total_batch:
+            raise ValueError(
+                f"train.micro_batch is {self.micro_batch}, more than train.total_batch {self.total_batch}: "
+                f"set train.micro_batch to at most {self.total_batch}"
+            )
+        if self.total_batch % self.micro_batch:
+            below = self.total_batch - self.total_batch % self.micro_batch
+            raise ValueError(
+                f"train.total_batch {self.total_batch} is not a multiple of train.micro_batch {self.micro_batch}: "
+                f"set train.total_batch to {below} or {below + self.micro_batch}"
+            )
+        return self
+
+
+class Optimizer(Section):
+    lr: float = Field(4e-4, gt=0, lt=10, allow_inf_nan=False)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0, lt=1)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.1, ge=0, lt=10)
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
+
+    @model_validator(mode="after")
+    def _betas_are_rates(self) -> "Optimizer":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas are {list(self.betas)}: expected two numbers in [0, 1)")
+        return self
+
+
+class Schedule(Section):
+    kind: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warm-up from 0."""
+    final_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the last step and ever after, as a part of optimizer.lr."""
+    decay_steps: int = Field(0, ge=0)
+    """warmup-stable-decay: steps of the final linear decay; 0: a fifth of the run."""
+
+
+class AdamW(Section):
+    kind: Literal["adamw"] = "adamw"
+    """How ranks turn their gradients into shared progress."""
+
+
+class Distro(Section):
+    kind: Literal["distro"] = "distro"
+    """How ranks turn their gradients into shared progress."""
+    compression_decay: float = Field(0.999, ge=0, le=1)
+    """Decay of the momentum that holds what was not sent yet; 0.95 to 0.99 for short runs."""
+    compression_topk: int = Field(32, ge=1)
+    """DCT coefficients sent per chunk."""
+    compression_chunk: int = Field(64, ge=2, le=64)
+    """Edge of the square chunks the DCT works on."""
+
+    @model_validator(mode="after")
+    def _topk_fits(self) -> "Distro":
+        if self.compression_topk > self.compression_chunk**2:
+            raise ValueError(
+                f"strategy.compression_topk is {self.compression_topk}, more than a chunk holds: "
+                f"set it to at most {self.compression_chunk**2}"
+            )
+        return self
+
+
+Strategy = AdamW | Distro
+
+
+class Launch(Section):
+    mode: Literal["auto", "executors", "local"] = "auto"
+    """Where ranks run: on executors (a barrier stage), or as processes of the driver's machine; auto: local where
+    the Spark master is local."""
+    ranks: int = Field(0, ge=0)
+    """Number of ranks; 0: one per slot the cluster has."""
+    launcher: Literal["torchrun", "direct"] = "torchrun"
+    """Start ranks with torchrun, or (one rank per Spark task only) directly, which saves its start-up time."""
+    threads: int = Field(0, ge=0)
+    """CPU threads per rank; 0: spark.task.cpus, or the machine's cores divided among local ranks."""
+    collective_timeout: int = Field(600, ge=1)
+    """Seconds after which a rank that waits for another gives up."""
+
+
+class RunConfig(Section):
+    run: Run = Run()
+    """Where the run lives."""
+    data: Data = Data()
+    """What it reads."""
+    model: Model = Model()
+    """What it trains."""
+    train: Train = Train()
+    """How long and in what batches."""
+    optimizer: Optimizer = Optimizer()
+    """How a gradient becomes a step."""
+    schedule: Schedule = Schedule()
+    """How the learning rate moves."""
+    strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
+    """How ranks share their progress."""
+    launch: Launch = Launch()
+    """How ranks are started."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make it the same run: all but where it is stored, how it is launched and logged."""
+        return self.model_dump(mode="json", exclude={"launch": True, "run": {"dir", "log_every"}})

@@ -1,0 +1,183 @@
+"""What ranks hand back and what the driver makes of it: plain values only, never tensors.
+
+Each rank writes its own pickled output file, ``RankResult`` or ``RankFailure``. The driver reads them with an
+unpickler that admits these classes and nothing else, so a planted pickle is refused, not run.
+"""
+
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from sparktrain.errors import Diverged, LaunchError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class StepRecord(NamedTuple):
+    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds."""
+
+    step: int
+    loss_sum: float
+    tokens: int
+    lr: float
+    grad_norm: float
+    seconds: float
+    data_seconds: float
+    compute_seconds: float
+    communication_seconds: float
+    payload_bytes: int
+    bytes_sent: int
+    bytes_received: int
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What a rank that finished hands back.
+
+    Args:
+        digest: sha256 of all its parameters at the end.
+        heldout_before: held-out loss in nats per token at the start, the same on all ranks; None where not asked for.
+        first_step_at: seconds since the epoch when the first step ended, on this rank's clock.
+    """
+
+    rank: int
+    world: int
+    host: str
+    records: list[StepRecord]
+    digest: str
+    num_parameters: int
+    heldout_before: float | None
+    heldout_after: float | None
+    first_step_at: float
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """What a rank that raised leaves behind. ``echo``: it only noticed that another rank was gone."""
+
+    rank: int
+    host: str
+    kind: str
+    message: str
+    traceback: str
+    exit_code: int
+    echo: bool
+
+
+Outcome = RankResult | RankFailure
+
+_ADMITTED = {(cls.__module__, cls.__qualname__): cls for cls in (StepRecord, RankResult, RankFailure)}
+
+
+class _OutcomeUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no result type")
+        return _ADMITTED[module, name]
+
+
+def dump_outcome(outcome: Outcome) -> bytes:
+    """The bytes of an output file."""
+    return pickle.dumps(outcome, protocol=4)
+
+
+def load_outcome(data: bytes, name: str) -> Outcome:
+    """Inverse of :func:`dump_outcome`; raises :class:`LaunchError` naming the file for anything but our types."""
+    try:
+        outcome = _OutcomeUnpickler(io.BytesIO(data)).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise LaunchError(f"output file {name} was refused: {error}; nothing of it was run") from None
+    if not isinstance(outcome, RankResult | RankFailure):
+        raise LaunchError(f"output file {name} was refused: it holds a {type(outcome).__name__}, not a rank's result")
+    return outcome
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: every rank's result, and what they add up to."""
+
+    run_dir: str
+    ranks: tuple[RankResult, ...]
+
+    @classmethod
+    def merge(cls, run_dir: str, outcomes: Sequence[RankResult]) -> "RunResult":
+        """All ranks' results as one; raises :class:`Diverged` where their parameters differ."""
+        ranks = tuple(sorted(outcomes, key=lambda r: r.rank))
+        world = ranks[0].world
+        missing = sorted(set(range(world)) - {r.rank for r in ranks})
+        if missing:
+            raise LaunchError(f"no output file from rank {missing[0]} of {world}: the run did not finish; start it again")
+        odd = [r for r in ranks if r.digest != ranks[0].digest]
+        if odd:
+            names = ", ".join(f"rank {r.rank} on {r.host} ({r.digest[:12]})" for r in odd)
+            raise Diverged(
+                f"parameters differ at the end of the run: rank 0 has {ranks[0].digest[:12]}, but {names}: "
+                "the executors' machines or torch builds differ; use one kind of machine and the same packages on all"
+            )
+        return cls(run_dir, ranks)
+
+    @property
+    def digest(self) -> str:
+        return self.ranks[0].digest
+
+    @property
+    def table(self) -> pa.Table:
+        """One row per step over all ranks. ``loss``: nats per target token of the global batch; seconds: the slowest
+        rank's; bytes: of the rank that has most."""
+        steps = []
+        for records in zip(*(r.records for r in self.ranks), strict=True):
+            tokens = sum(r.tokens for r in records)
+            merged = {"step": records[0].step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
+            merged |= {"lr": records[0].lr}
+            merged |= {
+                name: max(getattr(r, name) for r in records)
+                for name in StepRecord._fields[StepRecord._fields.index("grad_norm") :]
+            }
+            steps.append(merged)
+        return pa.Table.from_pylist(steps)
+
+    @property
+    def rank_table(self) -> pa.Table:
+        """One row per step and rank, as each rank recorded it."""
+        return pa.Table.from_pylist([{"rank": r.rank, **record._asdict()} for r in self.ranks for record in r.records])
+
+    @property
+    def metrics(self) -> "pd.DataFrame":
+        """:attr:`table` as a pandas frame."""
+        return self.table.to_pandas()
+
+    def metrics_frame(self, spark: Any) -> Any:
+        """:attr:`table` as a Spark frame of session ``spark``."""
+        return spark.createDataFrame(self.table.to_pylist())
+
+    def summary(self) -> dict[str, Any]:
+        """The run in one dictionary: what ``result.json`` holds."""
+        table, first = self.table, self.ranks[0]
+        seconds = sum(table["seconds"].to_pylist())
+        tokens = sum(table["tokens"].to_pylist())
+        return {
+            "run_dir": self.run_dir,
+            "world_size": first.world,
+            "steps": table.num_rows,
+            "num_parameters": first.num_parameters,
+            "loss_first": table["loss"][0].as_py(),
+            "loss_last": table["loss"][-1].as_py(),
+            "heldout_loss_before": first.heldout_before,
+            "heldout_loss_after": first.heldout_after,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            **{
+                name: sum(table[name].to_pylist())
+                for name in ("data_seconds", "compute_seconds", "communication_seconds")
+            },
+            **{
+                name: sum(table[name].to_pylist()) for name in ("payload_bytes", "bytes_sent", "bytes_received")
+            },
+            "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
+        }

@@ -1,0 +1,218 @@
+"""The run directory: every file of a run, who writes it and who reads it, and nowhere else.
+
+::
+
+    run.json             driver   identity of the run; written once
+    config.json          driver   resolved settings; ranks read them
+    plan/*.parquet       driver   the plan (Spark); ranks read their rows
+    plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
+    LOCK                 driver   who is running it now; removed at the end
+    gen/000001/          driver   one attempt; made by an atomic mkdir
+      rank-00000.pickle  rank     its result or failure (results.py)
+      exit-00000.json    task     how the rank's process ended, and its last lines
+    model/               rank 0   the trained model, a Hugging Face directory
+    metrics.parquet      driver   one row per step and rank
+    result.json          driver   the summary; written last, so a run without it is not finished
+
+Single files are written under a temporary name and renamed, so that no reader ever sees half of one.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sparktrain.config import RunConfig
+from sparktrain.errors import ConfigError, RunDirBusy
+from sparktrain.plan import PlanSpec
+from sparktrain.results import Outcome, RankFailure, RankResult, RunResult, dump_outcome, load_outcome
+
+FORMAT = 1
+
+
+class RunDir:
+    """The run directory at ``path``. Making the object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.plan = self.path / "plan"
+        self.model = self.path / "model"
+
+    # -- the driver's side ---------------------------------------------------------------------------------------
+
+    def claim(self, config: RunConfig) -> None:
+        """Make the directory this run's: create it, or check that it holds the same run.
+
+        Raises :class:`ConfigError` where it holds something else, naming up to three settings that differ.
+        """
+        identity = config.identity()
+        file = self.path / "run.json"
+        if file.exists():
+            known = _read_json(file)
+            if known.get("format") != FORMAT:
+                raise ConfigError(
+                    f"run.dir {self.path} has format {known.get('format')}, this sparktrain writes {FORMAT}: "
+                    "choose another run.dir"
+                )
+            changed = _differences(known["identity"], identity)
+            if changed:
+                raise ConfigError(
+                    f"run.dir {self.path} holds another run: {'; '.join(changed[:3])}"
+                    f"{f' (and {len(changed) - 3} more)' if len(changed) > 3 else ''}: choose another run.dir"
+                )
+        else:
+            self._check_free()
+            made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": _now(), "identity": identity}
+            _write_json(file, made)
+        _write_json(self.path / "config.json", config.model_dump(mode="json"))
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run.dir {self.path} is a file: choose another run.dir")
+        if self.path.is_dir() and any(p.name != "LOCK" for p in self.path.iterdir()):
+            raise ConfigError(f"run.dir {self.path} is not empty and holds no sparktrain run: choose another run.dir")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run directory for one writer; raises :class:`RunDirBusy` naming the holder."""
+        self._make()
+        file = self.path / "LOCK"
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
+        while True:
+            try:
+                with open(file, "x", encoding="utf-8") as out:
+                    json.dump(owner, out)
+                break
+            except FileExistsError:
+                holder = _read_json(file)
+                if holder.get("host") != owner["host"] or _alive(int(holder.get("pid", 0))):
+                    raise RunDirBusy(
+                        f"run.dir {self.path} is in use by process {holder.get('pid')} on {holder.get('host')} "
+                        f"since {holder.get('since')}: wait for it or choose another run.dir; if that process is "
+                        f"gone, remove {file}"
+                    ) from None
+                file.unlink(missing_ok=True)  # its process is gone from this machine: nobody holds it
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.dir {self.path} cannot be made: {error.strerror}; choose another run.dir") from None
+        if not os.access(self.path, os.W_OK):
+            raise ConfigError(f"run.dir {self.path} cannot be written: change its permissions or choose another run.dir")
+
+    def new_generation(self) -> int:
+        """Start an attempt: the first free number, taken by a mkdir that only one caller can win."""
+        number = self.latest_generation() + 1
+        while True:
+            try:
+                self.generation(number).mkdir(parents=True)
+                return number
+            except FileExistsError:
+                number += 1
+
+    def latest_generation(self) -> int:
+        """The newest attempt's number; 0 before the first."""
+        names = [p.name for p in (self.path / "gen").glob("*")]
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def generation(self, number: int) -> Path:
+        return self.path / "gen" / f"{number:06d}"
+
+    def write_plan_spec(self, spec: PlanSpec) -> None:
+        _write_json(self.path / "plan.json", spec.to_json())
+
+    def outcomes(self, generation: int) -> list[Outcome]:
+        """Every output file of an attempt, by rank."""
+        files = sorted(self.generation(generation).glob("rank-*.pickle"))
+        return [load_outcome(file.read_bytes(), str(file)) for file in files]
+
+    def exits(self, generation: int) -> list[dict[str, Any]]:
+        """How the processes of an attempt ended, as their Spark tasks saw it (``task.py``)."""
+        return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
+
+    def write_result(self, result: RunResult) -> None:
+        pq.write_table(result.rank_table, self.path / "metrics.parquet")
+        _write_json(self.path / "result.json", result.summary())
+
+    def finished(self) -> RunResult | None:
+        """The result of the attempt that finished, if one did."""
+        if not (self.path / "result.json").exists():
+            return None
+        for number in range(self.latest_generation(), 0, -1):
+            outcomes = self.outcomes(number)
+            if outcomes and all(isinstance(o, RankResult) for o in outcomes):
+                return RunResult.merge(str(self.path), [o for o in outcomes if isinstance(o, RankResult)])
+        return None
+
+    # -- a rank's side -------------------------------------------------------------------------------------------
+
+    def config(self) -> RunConfig:
+        """The resolved settings. Raises :class:`ConfigError` where this is no run directory."""
+        file = self.path / "config.json"
+        if not file.exists():
+            raise ConfigError(f"{self.path} is no run directory: it has no config.json; start the run with jobs/train.py")
+        return RunConfig.model_validate_json(file.read_text(encoding="utf-8"))
+
+    def plan_spec(self) -> PlanSpec | None:
+        """What the plan on disk is a function of; None where no plan was completed."""
+        file = self.path / "plan.json"
+        return PlanSpec.from_json(_read_json(file)) if file.exists() else None
+
+    def write_outcome(self, generation: int, outcome: RankResult | RankFailure) -> None:
+        _write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))
+
+
+def fingerprint(values: Any) -> str:
+    """sha256 of ``values`` as canonical JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """``key was old, is new`` for each leaf that differs between two settings trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
+    return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
+
+
+def _write_json(path: Path, values: Any) -> None:
+    _write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+

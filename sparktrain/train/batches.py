@@ -1,0 +1,98 @@
+"""This rank's share of every step's batch, read ahead of the loop.
+
+Shapes: B_ = sequences of this rank in a step, S = sequence length.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow.dataset as pads
+import torch
+
+from sparktrain.errors import DataError
+from sparktrain.plan import Assignment, PlanSpec, rows, slots_of
+from sparktrain.rundir import RunDir
+from sparktrain.tokens import Shard, TokenFile
+
+# Steps whose rows are taken from the plan's Parquet files at a time: one read of a row group's statistics each.
+_PLAN_WINDOW = 512
+
+
+class Batches:
+    """Iterates ``[B_, S+1]`` int64 token tensors, one per step, of rank ``rank`` of ``world``.
+
+    Rows come from the plan on disk. Those of the first step are recomputed and compared: a plan of another run, or
+    one edited by hand, is a :class:`DataError` before a token is trained on.
+    """
+
+    def __init__(self, directory: RunDir, spec: PlanSpec, rank: int, world: int, first_step: int = 0) -> None:
+        self._plan = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
+        self._spec, self._first_step = spec, first_step
+        self._slots = slots_of(rank, world, spec.total_batch)
+        self._files = {shard.path: shard for shard in spec.shards}
+        self._open: dict[str, TokenFile] = {}
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = None
+            for rows_of_step in self._steps():
+                following = reader.submit(self._read, rows_of_step)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    def _steps(self) -> Iterator[list[Assignment]]:
+        first_slot, last_slot = self._slots
+        for begin in range(self._first_step, self._spec.steps, _PLAN_WINDOW):
+            end = min(begin + _PLAN_WINDOW, self._spec.steps)
+            step, slot = pads.field("step"), pads.field("slot")
+            table = self._plan.to_table(
+                columns=list(Assignment._fields),
+                filter=(step >= begin) & (step < end) & (slot >= first_slot) & (slot < last_slot),
+            ).sort_by("pos")
+            found = [Assignment(**row) for row in table.to_pylist()]
+            share = last_slot - first_slot
+            if len(found) != share * (end - begin):
+                raise DataError(
+                    f"plan {self._plan.files[0]} and its siblings hold {len(found)} rows for steps {begin} to {end - 1}, "
+                    f"expected {share * (end - begin)}: the plan is damaged; remove the run directory and start again"
+                )
+            if begin == self._first_step:
+                self._compare(found[:share])
+            for i in range(0, len(found), share):
+                yield found[i : i + share]
+
+    def _compare(self, found: list[Assignment]) -> None:
+        base = self._first_step * self._spec.total_batch
+        promised = rows(self._spec, base + self._slots[0], base + self._slots[1])
+        for row, expected in zip(found, promised, strict=True):
+            if row != expected:
+                raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
+
+    def _read(self, assignments: list[Assignment]) -> torch.Tensor:
+        return read_windows([(self._token_file(a.path), a.start) for a in assignments], self._spec.sequence_length)
+
+    def _token_file(self, path: str) -> TokenFile:
+        if path not in self._open:
+            self._open[path] = TokenFile(self._files[path])
+        return self._open[path]
+
+
+def read_windows(windows: list[tuple[TokenFile, int]], sequence_length: int) -> torch.Tensor:
+    """``[len(windows), S+1]`` int64 tokens of the windows that start at the given token of the given files."""
+    out = np.empty((len(windows), sequence_length + 1), dtype=np.int64)
+    for i, (file, start) in enumerate(windows):
+        out[i] = file.read(start, sequence_length + 1)
+    return torch.from_numpy(out)
+
+
+def spread_windows(shards: list[Shard], sequence_length: int, limit: int) -> list[tuple[Shard, int]]:
+    """At most ``limit`` windows over ``shards``, evenly spaced: the same for every rank and number of ranks."""
+    spec = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0)
+    chosen = np.unique(np.linspace(0, spec.num_microshards - 1, min(limit, spec.num_microshards)).astype(np.int64))
+    which = np.searchsorted(spec.first_microshards, chosen, side="right") - 1
+    starts = (chosen - spec.first_microshards[which]) * sequence_length
+    return [(shards[s], int(start)) for s, start in zip(which.tolist(), starts.tolist(), strict=True)]

@@ -1,0 +1,129 @@
+"""Any Hugging Face causal language model: from scratch by sizes, or from a local directory or hub id."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sparktrain.config import Model, RunConfig
+from sparktrain.errors import ConfigError, ModelError
+from sparktrain.train.world import World
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def model_config(config: RunConfig) -> Any:
+    """The Hugging Face config of the model to train.
+
+    Raises :class:`ModelError` for a directory or id without a usable config, :class:`ConfigError` for wrong sizes
+    or a sequence longer than the model's positions.
+    """
+    settings = config.model
+    hf_config = _pretrained_config(settings) if settings.from_pretrained else _scratch_config(config)
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions is not None and config.data.sequence_length > positions:
+        raise ConfigError(
+            f"data.sequence_length is {config.data.sequence_length}, more than the model's {positions} positions: "
+            f"set data.sequence_length to at most {positions} or model.sizes.max_position_embeddings to more"
+        )
+    return hf_config
+
+
+def build(config: RunConfig, world: World) -> PreTrainedModel:
+    """The model in training mode on this rank's device, with rank 0's weights on every rank.
+
+    Only rank 0 reads or draws weights; the others receive them by broadcast, so that a hub is asked once and all
+    ranks start equal to the bit.
+    """
+    settings = config.model
+    text = model_config(config).to_json_string(use_diff=False) if world.rank == 0 else ""
+    values = json.loads(world.broadcast_bytes(text.encode()))
+    torch.manual_seed(config.run.seed)
+    options: dict[str, Any] = {"dtype": _DTYPES[settings.dtype], "attn_implementation": settings.attention}
+    if settings.from_pretrained and world.rank == 0:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.from_pretrained,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
+    else:
+        hf_config = model_config(config) if settings.trust_remote_code else AutoConfig.for_model(**values)
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=settings.trust_remote_code, **options)
+    model.to(world.device)
+    model.config.use_cache = False
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), src=0)
+    return model.train()
+
+
+def digest(model: PreTrainedModel) -> str:
+    """sha256 over all parameters, by name: equal on two ranks exactly if they hold the same bits."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        sha.update(name.encode())
+        sha.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def save(model: PreTrainedModel, config: RunConfig, path: Path) -> None:
+    """Write ``model`` with its tokenizer as a Hugging Face directory at ``path``, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.use_cache = True
+    model.save_pretrained(temporary)
+    tokenizer = tokenizer_path(config)
+    if tokenizer:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def tokenizer_path(config: RunConfig) -> Path | None:
+    """The tokenizer directory that belongs to the data: as set, or ``../tokenizer`` beside it, where
+    ``jobs/tokenize.py`` puts it."""
+    if config.model.tokenizer:
+        return config.model.tokenizer
+    beside = config.data.path.parent / "tokenizer"
+    return beside if (beside / "tokenizer.json").exists() else None
+
+
+def _pretrained_config(settings: Model) -> Any:
+    source = str(settings.from_pretrained)
+    local = Path(source)
+    if local.is_dir() and not (local / "config.json").exists():
+        raise ModelError(f"model directory {source} has no config.json: give a Hugging Face model directory")
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **settings.sizes
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.from_pretrained {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _scratch_config(config: RunConfig) -> Any:
+    settings, sizes = config.model, dict(config.model.sizes)
+    try:
+        known = AutoConfig.for_model(settings.architecture)
+    except ValueError:
+        raise ConfigError(
+            f"model.architecture {settings.architecture!r} is not known to transformers: use its model_type, such as llama"
+        ) from None
+    unknown = sorted(set(sizes) - set(known.to_dict()))
+    if unknown:
+        raise ConfigError(f"model.sizes.{unknown[0]} is not a size of {settings.architecture}: remove it")
+    if "vocab_size" not in sizes and (tokenizer := tokenizer_path(config)):
+        # A multiple of 64 keeps the largest matrix aligned; the ids above the tokenizer's are never used.
+        sizes["vocab_size"] = -(-len(AutoTokenizer.from_pretrained(tokenizer)) // 64) * 64
+    try:
+        return AutoConfig.for_model(settings.architecture, **sizes)
+    except Exception as error:  # transformers validates sizes with several exception types
+        raise ConfigError(f"model.sizes do not make a {settings.architecture}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,78 @@
+"""What a strategy is: that which stands where ``optimizer.step()`` stood.
+
+The loop leaves in each parameter's ``.grad`` this rank's gradient, scaled so that its **mean over ranks is the
+gradient of the global batch's mean token loss**, whatever share of the batch each rank had. Then, on every rank::
+
+    strategy.average_gradients()    # only all-reduce does something here
+    clip(parameters)                # one place for clipping and for noticing a gradient that is not finite
+    strategy.step(lr)
+
+Every strategy keeps parameters bit-identical on all ranks after each sync, aggregates in rank order, works at world
+size 1, and is usable without Spark as a plain PyTorch object. A strategy never imports another one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+
+@dataclass
+class Traffic:
+    """What a strategy has communicated so far, counted where it is sent.
+
+    payload_bytes: what this rank contributed, once, however many ranks receive it.
+    bytes_sent, bytes_received: what crossed this rank's network interface under the collective's algorithm.
+    seconds: time spent waiting for collectives.
+    """
+
+    payload_bytes: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+
+    def add_ring_all_reduce(self, num_bytes: int, world: int) -> None:
+        """A ring all-reduce of ``num_bytes``: each rank passes on 2 (W-1)/W of the buffer."""
+        crossed = 2 * num_bytes * (world - 1) // world
+        self.payload_bytes += num_bytes
+        self.bytes_sent += crossed
+        self.bytes_received += crossed
+
+    def add_all_gather(self, num_bytes: int, world: int) -> None:
+        """An all-gather where each rank contributes ``num_bytes`` and receives everybody else's."""
+        self.payload_bytes += num_bytes
+        self.bytes_sent += num_bytes * (world - 1)
+        self.bytes_received += num_bytes * (world - 1)
+
+
+class Strategy(Protocol):
+    """How ranks turn their gradients into shared progress."""
+
+    traffic: Traffic
+
+    def average_gradients(self) -> None:
+        """Replace ``.grad`` by its mean over ranks, where the strategy needs that before clipping; else nothing."""
+
+    def step(self, lr: float) -> None:
+        """Consume ``.grad``, communicate as needed, update the parameters with learning rate ``lr``."""
+
+    def sync(self) -> None:
+        """Bring every rank to the same parameters: before evaluation, export and the end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Complete state to resume from."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+
+
+class StrategyKind(NamedTuple):
+    """A row of the strategy table.
+
+    build: ``(parameters by name, strategy section, optimizer section) -> Strategy``.
+    traffic_per_step: ``(parameter shapes, strategy section, world size) -> Traffic`` of one step, in closed form.
+    """
+
+    build: Callable[[dict[str, torch.nn.Parameter], Any, Any], Strategy]
+    traffic_per_step: Callable[[Sequence[torch.Size], Any, int], Traffic]

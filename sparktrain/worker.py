@@ -1,0 +1,102 @@
+"""The door between the floors: one rank of a run, given the run directory and nothing else.
+
+Started by Spark (``spark/task.py``) or by hand, with the same result::
+
+    torchrun --nproc-per-node 2 -m sparktrain.worker RUN_DIR
+
+``python -m sparktrain.worker --describe`` reads a config on stdin and prints, as JSON, what training it would need;
+the driver asks that of an executor, because the driver itself never imports torch.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+from sparktrain.config import RunConfig
+from sparktrain.errors import SparktrainError
+from sparktrain.results import RankFailure, RankResult
+from sparktrain.rundir import RunDir
+
+# What a healthy rank raises when another one is gone: it tells that something failed, not what.
+_ECHO = re.compile(r"gloo|nccl|connection closed by peer|connection reset|broken pipe|socket|store|timed out", re.I)
+
+
+def run_rank(run_dir: str) -> RankResult:
+    """Train as the rank that the environment names (``RANK``, ``WORLD_SIZE``, set by torchrun); 1 rank without it.
+
+    Writes the rank's output file, :class:`RankResult` or :class:`RankFailure`, and returns or raises the same.
+    """
+    _die_with_parent()
+    directory = RunDir(run_dir)
+    rank = int(os.environ.get("RANK", "0"))
+    generation = int(os.environ.get("SPARKTRAIN_GENERATION", "0"))
+    try:
+        from sparktrain.train.loop import train  # the torch floor: imported by ranks only
+
+        result, generation = train(directory, directory.config(), generation)
+    except BaseException as error:
+        if generation:
+            directory.write_outcome(generation, _failure(rank, error))
+        raise
+    directory.write_outcome(generation, result)
+    return result
+
+
+def describe(config_json: str) -> str:
+    """Model size and traffic of a run, as JSON: see :func:`sparktrain.train.describe.describe`."""
+    from sparktrain.train.describe import describe as describe_run
+
+    return json.dumps(describe_run(RunConfig.model_validate_json(config_json)))
+
+
+def _failure(rank: int, error: BaseException) -> RankFailure:
+    # torch.OutOfMemoryError and our own one-line errors are causes whatever their text says.
+    echo = type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError") and bool(
+        _ECHO.search(str(error))
+    )
+    return RankFailure(
+        rank=rank,
+        host=socket.gethostname(),
+        kind=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+        exit_code=error.exit_code if isinstance(error, SparktrainError) else 1,
+        echo=echo,
+    )
+
+
+def _die_with_parent() -> None:
+    """End this process when its parent ends. Stock TorchDistributor leaves ranks training when torchrun is killed:
+    torchelastic starts them in sessions of their own, which no signal to the agent's group reaches."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died between the two calls
+            os._exit(1)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1] == "--describe":
+            print(describe(sys.stdin.read()))
+        else:
+            run_rank(sys.argv[1])
+    except SparktrainError as known:
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(known.exit_code)
