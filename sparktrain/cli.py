@@ -28,7 +28,7 @@ def parse(model: type[Config], argv: Sequence[str]) -> Config:
     Raises :class:`ConfigError` with one line naming the file or flag, the key, and what was expected.
     """
     file = argv[0] if argv and not argv[0].startswith("-") else None
-    flags = list(argv[1:] if file else argv)
+    flags = [_kebab(word) for word in (argv[1:] if file else argv)]
     values = _read_toml(Path(file), model) if file else {}
     settings = type(
         model.__name__,
@@ -39,15 +39,18 @@ def parse(model: type[Config], argv: Sequence[str]) -> Config:
                 "cli_implicit_flags": True,
                 "cli_prog_name": f"{Path(sys.argv[0]).name} [CONFIG.toml]",
                 "cli_avoid_json": True,
+                "cli_kebab_case": True,
             },
             "__doc__": model.__doc__,
             "__module__": model.__module__,
         },
     )
     try:
-        parsed = CliApp.run(settings, cli_args=flags, **values)
+        parsed: BaseModel = CliApp.run(settings, cli_args=flags, **values)
     except ValidationError as error:
-        raise ConfigError(_first_line(error, model, "command line" if not file else f"{file} and command line")) from None
+        raise ConfigError(
+            _first_line(error, model, "command line" if not file else f"{file} and command line")
+        ) from None
     except SettingsError as error:
         raise ConfigError(_unrecognized(str(error), model)) from None
     return model.model_validate(parsed.model_dump())
@@ -71,7 +74,9 @@ def main(job: Callable[[list[str]], int | None]) -> None:
 def _read_toml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
     """The file's values, checked strictly: a quoted number is a mistake in a file, though not on a command line."""
     if not file.is_file():
-        raise ConfigError(f"config file {file} does not exist: give the path of a TOML file, such as conf/quickstart.toml")
+        raise ConfigError(
+            f"config file {file} does not exist: give the path of a TOML file, such as conf/quickstart.toml"
+        )
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -84,6 +89,12 @@ def _read_toml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
         if wrong:
             raise ConfigError(_describe(wrong[0], model, str(file))) from None
     return values
+
+
+def _kebab(word: str) -> str:
+    """``--data.sequence_length`` as the file spells it and ``--data.sequence-length`` are the same flag."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def _first_line(error: ValidationError, model: type[BaseModel], where: str) -> str:
@@ -111,8 +122,8 @@ def _unrecognized(message: str, model: type[BaseModel]) -> str:
     flag = re.search(r"unrecognized arguments: (\S+)", message)
     if not flag:
         return f"command line: {message.removeprefix('error parsing CLI: ')}; see --help"
-    name = flag.group(1).split("=")[0]
-    return f"command line: unknown option {name}{_did_you_mean(name.lstrip('-'), _keys(model), '--')}"
+    name = flag.group(1).split("=")[0].lstrip("-").replace("-", "_")
+    return f"command line: unknown option --{name}{_did_you_mean(name, _keys(model), '--')}"
 
 
 def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:

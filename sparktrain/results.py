@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sparktrain.errors import Diverged, LaunchError
 
@@ -111,7 +112,9 @@ class RunResult:
         world = ranks[0].world
         missing = sorted(set(range(world)) - {r.rank for r in ranks})
         if missing:
-            raise LaunchError(f"no output file from rank {missing[0]} of {world}: the run did not finish; start it again")
+            raise LaunchError(
+                f"no output file from rank {missing[0]} of {world}: the run did not finish; start it again"
+            )
         odd = [r for r in ranks if r.digest != ranks[0].digest]
         if odd:
             names = ", ".join(f"rank {r.rank} on {r.host} ({r.digest[:12]})" for r in odd)
@@ -158,8 +161,12 @@ class RunResult:
     def summary(self) -> dict[str, Any]:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
-        seconds = sum(table["seconds"].to_pylist())
-        tokens = sum(table["tokens"].to_pylist())
+
+        def total(name: str) -> Any:
+            return pc.sum(table[name]).as_py()
+
+        seconds = total("seconds")
+        tokens = total("tokens")
         return {
             "run_dir": self.run_dir,
             "world_size": first.world,
@@ -172,12 +179,27 @@ class RunResult:
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            **{
-                name: sum(table[name].to_pylist())
-                for name in ("data_seconds", "compute_seconds", "communication_seconds")
-            },
-            **{
-                name: sum(table[name].to_pylist()) for name in ("payload_bytes", "bytes_sent", "bytes_received")
-            },
+            **{name: total(name) for name in StepRecord._fields[StepRecord._fields.index("data_seconds") :]},
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }
+
+    def report(self) -> str:
+        """:meth:`summary` for people."""
+        s = self.summary()
+        held = (
+            f"held-out loss {s['heldout_loss_before']:.4f} -> {s['heldout_loss_after']:.4f}\n"
+            if s["heldout_loss_before"] is not None
+            else ""
+        )
+        digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
+        return (
+            f"{s['steps']} steps, {s['tokens']:,} tokens, {s['world_size']} ranks, {s['num_parameters']:,} parameters\n"
+            f"loss          {s['loss_first']:.4f} -> {s['loss_last']:.4f}\n"
+            f"{held}"
+            f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
+            f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"
+            f"bytes         payload {s['payload_bytes']:,}, sent {s['bytes_sent']:,}, received {s['bytes_received']:,} "
+            f"per rank\n"
+            f"{digests}\n"
+            f"run directory {self.run_dir}"
+        )

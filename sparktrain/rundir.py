@@ -19,7 +19,6 @@ Single files are written under a temporary name and renamed, so that no reader e
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import socket
@@ -48,31 +47,34 @@ class RunDir:
 
     # -- the driver's side ---------------------------------------------------------------------------------------
 
-    def claim(self, config: RunConfig) -> None:
-        """Make the directory this run's: create it, or check that it holds the same run.
-
-        Raises :class:`ConfigError` where it holds something else, naming up to three settings that differ.
-        """
-        identity = config.identity()
-        file = self.path / "run.json"
-        if file.exists():
-            known = _read_json(file)
-            if known.get("format") != FORMAT:
-                raise ConfigError(
-                    f"run.dir {self.path} has format {known.get('format')}, this sparktrain writes {FORMAT}: "
-                    "choose another run.dir"
-                )
-            changed = _differences(known["identity"], identity)
-            if changed:
-                raise ConfigError(
-                    f"run.dir {self.path} holds another run: {'; '.join(changed[:3])}"
-                    f"{f' (and {len(changed) - 3} more)' if len(changed) > 3 else ''}: choose another run.dir"
-                )
-        else:
+    def check(self, config: RunConfig) -> None:
+        """Raises :class:`ConfigError` where the directory holds anything but this run, naming settings that differ."""
+        if not (self.path / "run.json").exists():
             self._check_free()
-            made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": _now(), "identity": identity}
-            _write_json(file, made)
+            return
+        known = _read_json(self.path / "run.json")
+        if known.get("format") != FORMAT:
+            raise ConfigError(
+                f"run.dir {self.path} has format {known.get('format')}, this sparktrain writes {FORMAT}: "
+                "choose another run.dir"
+            )
+        changed = _differences(known["identity"], config.identity())
+        if changed:
+            raise ConfigError(
+                f"run.dir {self.path} holds another run: {'; '.join(changed[:3])}"
+                f"{f' (and {len(changed) - 3} more)' if len(changed) > 3 else ''}: choose another run.dir"
+            )
+
+    def claim(self, config: RunConfig) -> None:
+        """Make the directory this run's, once :meth:`check` has passed and the run can start."""
+        if not (self.path / "run.json").exists():
+            made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": _now(), "identity": config.identity()}
+            _write_json(self.path / "run.json", made)
         _write_json(self.path / "config.json", config.model_dump(mode="json"))
+
+    def run_id(self) -> str:
+        """32 hex digits that name this run and no other."""
+        return str(_read_json(self.path / "run.json")["run_id"])
 
     def _check_free(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -104,6 +106,8 @@ class RunDir:
             yield
         finally:
             file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # where nothing was written, nothing is left
 
     def _make(self) -> None:
         try:
@@ -111,7 +115,9 @@ class RunDir:
         except OSError as error:
             raise ConfigError(f"run.dir {self.path} cannot be made: {error.strerror}; choose another run.dir") from None
         if not os.access(self.path, os.W_OK):
-            raise ConfigError(f"run.dir {self.path} cannot be written: change its permissions or choose another run.dir")
+            raise ConfigError(
+                f"run.dir {self.path} cannot be written: change its permissions or choose another run.dir"
+            )
 
     def new_generation(self) -> int:
         """Start an attempt: the first free number, taken by a mkdir that only one caller can win."""
@@ -163,7 +169,9 @@ class RunDir:
         """The resolved settings. Raises :class:`ConfigError` where this is no run directory."""
         file = self.path / "config.json"
         if not file.exists():
-            raise ConfigError(f"{self.path} is no run directory: it has no config.json; start the run with jobs/train.py")
+            raise ConfigError(
+                f"{self.path} is no run directory: it has no config.json; start the run with jobs/train.py"
+            )
         return RunConfig.model_validate_json(file.read_text(encoding="utf-8"))
 
     def plan_spec(self) -> PlanSpec | None:
@@ -174,10 +182,8 @@ class RunDir:
     def write_outcome(self, generation: int, outcome: RankResult | RankFailure) -> None:
         _write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))
 
-
-def fingerprint(values: Any) -> str:
-    """sha256 of ``values`` as canonical JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
+        _write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -214,5 +220,3 @@ def _alive(pid: int) -> bool:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-

@@ -8,6 +8,7 @@ Started by Spark (``spark/task.py``) or by hand, with the same result::
 the driver asks that of an executor, because the driver itself never imports torch.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,7 +21,7 @@ import time
 import traceback
 
 from sparktrain.config import RunConfig
-from sparktrain.errors import SparktrainError
+from sparktrain.errors import ConfigError, SparktrainError
 from sparktrain.results import RankFailure, RankResult
 from sparktrain.rundir import RunDir
 
@@ -34,19 +35,25 @@ def run_rank(run_dir: str) -> RankResult:
     Writes the rank's output file, :class:`RankResult` or :class:`RankFailure`, and returns or raises the same.
     """
     _die_with_parent()
-    directory = RunDir(run_dir)
-    rank = int(os.environ.get("RANK", "0"))
-    generation = int(os.environ.get("SPARKTRAIN_GENERATION", "0"))
-    try:
-        from sparktrain.train.loop import train  # the torch floor: imported by ranks only
+    directory, rank = RunDir(run_dir), int(os.environ.get("RANK", "0"))
+    with contextlib.ExitStack() as held:
+        generation = int(os.environ.get("SPARKTRAIN_GENERATION", "0"))
+        if not generation and rank == 0:  # started by hand: no driver owns the run, so rank 0 does
+            held.enter_context(directory.lock())
+            directory.new_generation()
+        try:
+            config, spec = directory.config(), directory.plan_spec()
+            if spec is None:
+                raise ConfigError(f"run directory {run_dir} has no plan: start the run with jobs/train.py")
+            from sparktrain.train.loop import train  # the torch floor: imported by ranks only
 
-        result, generation = train(directory, directory.config(), generation)
-    except BaseException as error:
-        if generation:
-            directory.write_outcome(generation, _failure(rank, error))
-        raise
-    directory.write_outcome(generation, result)
-    return result
+            outcome = train(directory, config, spec)
+        except BaseException as error:
+            if number := generation or directory.latest_generation():
+                directory.write_outcome(number, _failure(rank, error))
+            raise
+        directory.write_outcome(generation or directory.latest_generation(), outcome)
+    return outcome
 
 
 def describe(config_json: str) -> str:

@@ -1,0 +1,123 @@
+"""A run from the driver: check everything, write the plan, start the ranks, merge what they hand back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pyspark.sql import SparkSession
+
+from sparktrain.config import RunConfig
+from sparktrain.errors import DataError
+from sparktrain.plan import PlanSpec
+from sparktrain.results import RankResult, RunResult
+from sparktrain.rundir import RunDir
+from sparktrain.spark import launch, planner, preflight, task
+from sparktrain.tokens import find_shards
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check: its resolved settings, its plan, and what its model needs."""
+
+    config: RunConfig
+    spec: PlanSpec
+    model: dict[str, Any]
+
+    def describe(self) -> str:
+        """Rows, tokens, steps, and bytes per strategy, for people."""
+        spec, launch_, world = self.spec, self.config.launch, self.config.launch.ranks
+        lines = [
+            f"model      {self.config.model.architecture}, {self.model['num_parameters']:,} parameters, "
+            f"vocabulary {self.model['vocab_size']:,}",
+            f"data       {len(spec.shards)} shards, {sum(s.num_tokens for s in spec.shards):,} tokens, "
+            f"{spec.num_microshards:,} sequences of {spec.sequence_length}",
+            f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {spec.total_batch} sequences, "
+            f"{spec.steps * spec.target_tokens_per_step:,} tokens, {spec.num_positions / spec.num_microshards:.2f} epochs",
+            f"ranks      {world}, {launch_.mode}, {launch_.threads} threads each",
+        ]
+        ring = max(1, int(self.model["traffic"]["adamw"]["bytes_received"]))
+        for kind, moved in self.model["traffic"].items():
+            chosen = " (chosen)" if kind == self.config.strategy.kind else ""
+            less = (
+                f"{ring / moved['bytes_received']:,.1f} x less than all-reduce" if moved["bytes_received"] else "alone"
+            )
+            lines.append(
+                f"bytes      {kind}: payload {moved['payload_bytes']:,}, received {moved['bytes_received']:,} per step "
+                f"and rank, {less}{chosen}"
+            )
+        return "\n".join(lines)
+
+
+def run(spark: SparkSession, config: RunConfig) -> RunResult:
+    """Train by ``config`` on the cluster of ``spark``; returns when all ranks are done.
+
+    A run directory whose run is finished is read, not trained again. Raises a subclass of
+    :class:`sparktrain.errors.SparktrainError`, one line for the user, where the run cannot start or fails.
+    """
+    config = preflight.resolve(spark, config)
+    directory = RunDir(config.run.dir)
+    with directory.lock():
+        directory.check(config)
+        if finished := directory.finished():
+            return finished
+        prepared = _prepare(spark, config)
+        directory.claim(config)
+        planner.write_plan(spark, prepared.spec, directory)
+        print(prepared.describe(), flush=True)
+        return _train(spark, config, directory)
+
+
+def dry_run(spark: SparkSession, config: RunConfig) -> str:
+    """Everything :func:`run` checks, and the plan it would write, as text; nothing is left in the run directory."""
+    config = preflight.resolve(spark, config)
+    directory = RunDir(config.run.dir)
+    with directory.lock():
+        directory.check(config)
+        prepared = _prepare(spark, config)
+        first = planner.plan_frame(spark, prepared.spec).limit(5).toArrow()
+    return f"{prepared.describe()}\nfirst rows of the plan:\n{_table(first)}"
+
+
+def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
+    heldout = config.data.heldout
+    found = {"data.path": find_shards(config.data.path), "data.heldout": find_shards(heldout) if heldout else []}
+    model = preflight.check_executors(spark, config, [paths[0] for paths in found.values() if paths])
+    shards = planner.index_shards(spark, config.data.path)
+    planner.check_shards(shards, config.data.sequence_length, model["vocab_size"], "data.path")
+    if heldout:
+        measured = planner.index_shards(spark, heldout)
+        planner.check_shards(measured, config.data.sequence_length, model["vocab_size"], "data.heldout")
+    spec = PlanSpec(
+        shards=tuple(shard for shard, _ in shards),
+        sequence_length=config.data.sequence_length,
+        total_batch=config.train.total_batch,
+        steps=config.train.steps,
+        seed=config.run.seed,
+    )
+    return Prepared(config, spec, model)
+
+
+def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:
+    local = config.launch.mode == "local"
+    job = task.Job(
+        run_dir=str(directory.path),
+        generation=directory.new_generation(),
+        run_id=directory.run_id(),
+        import_path=preflight.import_path(),
+        threads=config.launch.threads,
+        launcher=config.launch.launcher,
+    )
+    launch.launch(spark, job, config.launch.ranks, local, preflight.uses_gpu(spark, local))
+    outcomes = [o for o in directory.outcomes(job.generation) if isinstance(o, RankResult)]
+    if not outcomes:
+        raise DataError(f"no rank left an output file in {directory.generation(job.generation)}: is run.dir shared?")
+    result = RunResult.merge(str(directory.path), outcomes)
+    directory.write_result(result)
+    return result
+
+
+def _table(rows: pa.Table) -> str:
+    """``rows`` in columns."""
+    cells = [rows.column_names] + [[str(v) for v in row.values()] for row in rows.to_pylist()]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)

@@ -1,0 +1,144 @@
+"""Start the ranks of a run and wait for them: the only module that knows TorchDistributor.
+
+Stock TorchDistributor hides failures, loses a rank's error text, stalls 300 s on a rank that dies at teardown, aborts
+on a lost log connection and leaves ranks behind. ``RankDistributor`` keeps its scheduling (barrier stage, addresses,
+ports, GPUs) and hands its own launch function (``task.py``) to the inherited ``_run``, the hook that
+DeepspeedTorchDistributor uses in-tree; same signature in pyspark 4.0 to 4.3.
+"""
+
+import contextlib
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from pyspark import InheritableThread, cloudpickle
+from pyspark.ml.torch.distributor import TorchDistributor
+from pyspark.sql import SparkSession
+
+from sparktrain.errors import LaunchError
+from sparktrain.results import RankFailure
+from sparktrain.rundir import RunDir
+from sparktrain.spark import task
+
+cloudpickle.register_pickle_by_value(task)
+
+
+class RankDistributor(TorchDistributor):
+    """TorchDistributor whose processes are ``python -m sparktrain.worker RUN_DIR``."""
+
+    def run_ranks(self, job: task.Job) -> None:
+        """Run all ranks to their end; raises where one fails."""
+        self._run("sparktrain.worker", task.launch_ranks, job)
+
+
+def launch(spark: SparkSession, job: task.Job, ranks: int, local: bool, use_gpu: bool) -> None:
+    """Run ``ranks`` ranks of ``job`` and return when all have ended well.
+
+    Raises :class:`LaunchError` that names the first rank that failed and why. On KeyboardInterrupt or SIGTERM the
+    ranks are stopped before it goes on.
+    """
+    distributor = RankDistributor(num_processes=ranks, local_mode=local, use_gpu=use_gpu)
+    try:
+        with _signals_unwind():
+            if local:
+                distributor.run_ranks(job)
+            else:
+                _run_cancellable(spark, distributor, job)
+    except Exception as error:  # py4j, Spark and TorchDistributor have no common type
+        raise explain(RunDir(job.run_dir), job.generation, error) from error
+
+
+def explain(directory: RunDir, generation: int, error: Exception) -> LaunchError:
+    """One error for a failed attempt: the first rank's own words, or how its process ended, or Spark's reason."""
+    failures = [o for o in directory.outcomes(generation) if isinstance(o, RankFailure)]
+    causes = [f for f in failures if not f.echo]
+    exits = directory.exits(generation)
+    if causes:
+        first = causes[0]
+        found = LaunchError(f"rank {first.rank} on {first.host} failed: {first.kind}: {first.message}")
+        found.exit_code = first.exit_code if first.exit_code != 1 else LaunchError.exit_code
+        return found
+    killed = [(exit_, rank, status) for exit_ in exits for rank, status in _statuses(exit_)]
+    known = {f.rank for f in failures}
+    for exit_, rank, status in sorted(killed, key=lambda k: (k[1] in known, k[1])):
+        if rank not in known:
+            last = next((line for line in reversed(exit_["tail"]) if line.startswith(f"[rank {rank} ")), "no output")
+            return LaunchError(f"rank {rank} on {exit_['host']} {_how(status)}; its last line: {last}")
+    if failures:
+        first = failures[0]
+        return LaunchError(f"rank {first.rank} on {first.host} lost the other ranks: {first.message}")
+    return LaunchError(f"Spark could not run the ranks: {_reason(error)}")
+
+
+def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: task.Job) -> None:
+    """Run in a thread of its own: a driver thread that waits inside py4j cannot cancel (its gateway is busy)."""
+    context, group = spark.sparkContext, f"sparktrain-{job.run_id}-{job.generation}"
+    done, errors = threading.Event(), []
+
+    def run() -> None:
+        try:
+            context.setJobGroup(group, f"sparktrain ranks of {job.run_dir}", interruptOnCancel=True)
+            distributor.run_ranks(job)
+        except Exception as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    InheritableThread(target=run, daemon=True).start()
+    try:
+        while not done.wait(0.2):
+            pass
+    except BaseException:
+        context.cancelJobGroup(group)
+        done.wait(10)
+        raise
+    if errors:
+        raise errors[0]
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM unwind the driver, so that ranks are stopped and the run directory is released.
+
+    pyspark's own SIGINT handler calls into the JVM from inside the handler, which fails where the interrupted code
+    was a call into the JVM itself."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: leave}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _statuses(exit_: dict[str, Any]) -> list[tuple[int, int]]:
+    """(rank, exit status) of the ranks that a task saw end badly, from torchrun's report or of the process itself."""
+    text = "\n".join(exit_["tail"])
+    pairs = re.findall(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+)", text)
+    return [(int(rank), int(status)) for rank, status in pairs] or [(int(exit_["node"]), int(exit_["status"]))]
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name
+    hint = " (killed from outside, often for lack of memory: lower train.micro_batch)" if status == -9 else ""
+    return f"was ended by {name}{hint}"
+
+
+def _reason(error: Exception) -> str:
+    """Spark's reason in one line: the root cause, without the JVM's stack."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if re.match(r"(Caused by: |[\w.]+(Exception|Error): )", line)]
+    return (causes[-1] if causes else lines[0] if lines else type(error).__name__)[:400]

@@ -1,0 +1,196 @@
+"""The plan as Spark DataFrames: index the shards, order their microshards, write the plan, and view it by rank.
+
+The numbers are ``plan.py``'s, computed in SQL: a map-only job from position to microshard, whose output is in step
+order without a shuffle or a sort. Cycle walking is not left to SQL: the fewer than sqrt(N) positions per epoch that
+walk are computed on the driver and joined as a table.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from sparktrain import tokens
+from sparktrain.errors import DataError
+from sparktrain.plan import PlanSpec, count_microshards, permute, radices, round_keys, walkers
+from sparktrain.rundir import RunDir
+from sparktrain.tokens import Shard
+
+_INSPECTED = pa.schema(
+    [
+        ("path", pa.string()),
+        ("num_tokens", pa.int64()),
+        ("token_size", pa.int32()),
+        ("max_token", pa.int64()),
+        ("problem", pa.string()),
+    ]
+)
+# Tokens looked at in one piece while a shard is checked: 32 MiB as int64.
+_SCAN = 1 << 22
+
+
+def index_shards(spark: SparkSession, directory: Path) -> list[tuple[Shard, int]]:
+    """The shards in ``directory`` in order, each with its largest token id; read by executors, one task per shard.
+
+    Raises :class:`DataError` for the first shard that an executor cannot read or that is no shard.
+    """
+    paths = tokens.find_shards(directory)
+    rows = (
+        spark.createDataFrame([(path,) for path in paths], "path string")
+        .repartition(min(len(paths), 4 * spark.sparkContext.defaultParallelism))
+        .mapInArrow(_inspect, "path string, num_tokens long, token_size int, max_token long, problem string")
+        .collect()
+    )
+    for row in sorted(rows, key=lambda r: r.path):
+        if row.problem:
+            raise DataError(row.problem)
+    return [(Shard(r.path, r.num_tokens, r.token_size), r.max_token) for r in sorted(rows, key=lambda r: r.path)]
+
+
+def check_shards(shards: Sequence[tuple[Shard, int]], sequence_length: int, vocab_size: int, setting: str) -> None:
+    """Raises :class:`DataError` for a shard without one whole sequence, or with a token id the model does not know."""
+    for shard, max_token in shards:
+        if count_microshards(shard.num_tokens, sequence_length) == 0:
+            raise DataError(
+                f"shard {shard.path} has {shard.num_tokens} tokens, fewer than one sequence of {sequence_length} + 1: "
+                f"set data.sequence_length to at most {shard.num_tokens - 1} or remove the shard from {setting}"
+            )
+        if max_token >= vocab_size:
+            where = _first_at_least(shard, vocab_size)
+            raise DataError(
+                f"shard {shard.path} has token id {where[1]} at token {where[0]}, but the model's vocab_size is "
+                f"{vocab_size}: use the tokenizer that the shards were made with or set model.sizes.vocab_size"
+            )
+
+
+def plan_frame(spark: SparkSession, spec: PlanSpec) -> DataFrame:
+    """The whole plan, one row per position and in that order: the columns of :class:`sparktrain.plan.Assignment`."""
+    n = spec.num_microshards
+    a, b = radices(n)
+    pos = F.col("pos")
+    frame = spark.range(spec.num_positions).select(F.col("id").alias("pos"))
+    frame = frame.withColumn("epoch", F.expr(f"pos div {n}")).withColumn("i", F.expr(f"pos % {n}"))
+    frame = frame.join(F.broadcast(_epoch_keys(spark, spec)), "epoch")
+    frame = frame.withColumn("left", F.expr(f"i div {b}")).withColumn("right", F.expr(f"i % {b}"))
+    for r in range(spec.rounds):
+        # One projection per round: Spark would otherwise copy the expression of a round into each use of it.
+        frame = frame.select(
+            "pos", "epoch", "i", *[f"k{later}" for later in range(r + 1, spec.rounds)],
+            F.col("right").alias("left"),
+            ((F.col("left") + _round(F.col("right"), F.col(f"k{r}"))) % a).alias("right"),
+        )  # fmt: skip
+        a, b = b, a
+    walked = F.broadcast(_walked(spark, spec))
+    frame = frame.join(walked, ["epoch", "i"], "left").withColumn(
+        "microshard_id", F.coalesce(F.col("walked"), F.col("left") * b + F.col("right"))
+    )
+    located = _locate(spark, frame, spec)
+    batch = spec.total_batch
+    return located.select(
+        F.expr(f"pos div {batch}").alias("step"),
+        F.expr(f"cast(pos % {batch} as int)").alias("slot"),
+        pos,
+        F.col("epoch").cast("int").alias("epoch"),
+        "microshard_id",
+        "path",
+        ((F.col("microshard_id") - F.col("first")) * spec.sequence_length).alias("start"),
+        F.lit(spec.sequence_length + 1).alias("length"),
+    )
+
+
+def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
+    """Write the plan to the run directory, unless the same plan is there already; ``plan.json`` comes last."""
+    if directory.plan_spec() == spec:
+        return
+    (directory.path / "plan.json").unlink(missing_ok=True)
+    plan_frame(spark, spec).write.mode("overwrite").parquet(directory.plan.as_uri())
+    directory.write_plan_spec(spec)
+
+
+def assignments(spark: SparkSession, run_dir: str | Path, world_size: int) -> DataFrame:
+    """The plan of ``run_dir`` with the ``rank`` that takes each row when ``world_size`` ranks share it.
+
+    Raises :class:`DataError` where there is no plan.
+    """
+    directory = RunDir(run_dir)
+    spec = directory.plan_spec()
+    if spec is None:
+        raise DataError(f"{run_dir} holds no plan: make one with jobs/train.py")
+    if not 1 <= world_size <= spec.total_batch:
+        raise ValueError(f"world_size is {world_size}: expected 1 to train.total_batch {spec.total_batch}")
+    # Inverse of slots_of: rank r has slots [r*B//W, (r+1)*B//W).
+    rank = F.expr(f"cast(((slot + 1) * {world_size} - 1) div {spec.total_batch} as int)")
+    return spark.read.parquet(directory.plan.as_uri()).select("*", rank.alias("rank"))
+
+
+def _inspect(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Runs in executors: each path's shard and largest token, or what is wrong with it."""
+    for batch in batches:
+        for path in batch.column(0).to_pylist():
+            row: dict[str, object] = {"path": path}
+            try:
+                shard = tokens.inspect(path)
+                row |= {"num_tokens": shard.num_tokens, "token_size": shard.token_size, "max_token": _max_token(shard)}
+            except DataError as error:
+                row |= {"problem": str(error)}
+            yield pa.RecordBatch.from_pylist([row], schema=_INSPECTED)
+
+
+def _pieces(shard: Shard) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    file = tokens.TokenFile(shard)
+    for start in range(0, shard.num_tokens, _SCAN):
+        yield start, file.read(start, min(_SCAN, shard.num_tokens - start))
+    file.close()
+
+
+def _max_token(shard: Shard) -> int:
+    return max(int(piece.max()) for _, piece in _pieces(shard))
+
+
+def _first_at_least(shard: Shard, limit: int) -> tuple[int, int]:
+    """Position and id of the first token >= ``limit``."""
+    for start, piece in _pieces(shard):
+        if (over := np.flatnonzero(piece >= limit)).size:
+            return start + int(over[0]), int(piece[over[0]])
+    raise DataError(f"shard {shard.path} changed while it was checked: start again when nothing writes to it")
+
+
+def _round(right: Column, key: Column) -> Column:
+    return F.pmod(F.xxhash64(right, key), F.lit(2**31 - 1))
+
+
+def _epoch_keys(spark: SparkSession, spec: PlanSpec) -> DataFrame:
+    rows = [(e, *round_keys(spec.seed, e, spec.rounds)) for e in range(spec.num_epochs)]
+    return spark.createDataFrame(rows, ", ".join(["epoch long", *(f"k{r} long" for r in range(spec.rounds))]))
+
+
+def _walked(spark: SparkSession, spec: PlanSpec) -> DataFrame:
+    """(epoch, i, walked): where the few inputs end up that one Feistel step leads out of [0, N)."""
+    n, rows = spec.num_microshards, []
+    for epoch in range(spec.num_epochs):
+        keys = round_keys(spec.seed, epoch, spec.rounds)
+        i = walkers(n, keys)
+        rows += [(epoch, *pair) for pair in zip(i.tolist(), permute(i, n, keys).tolist(), strict=True)]
+    return spark.createDataFrame(rows, "epoch long, i long, walked long")
+
+
+def _locate(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
+    """Add ``path`` and ``first`` (the shard's first microshard) to rows with a ``microshard_id``.
+
+    An equality join on buckets of microshards: a range join would compare every row with every shard.
+    """
+    firsts = spec.first_microshards.tolist()
+    width = max(1, spec.num_microshards // (4 * len(spec.shards)))
+    buckets = [
+        (bucket, first, end, shard.path)
+        for shard, first, end in zip(spec.shards, firsts, firsts[1:], strict=False)
+        for bucket in range(first // width, (end - 1) // width + 1)
+    ]
+    table = spark.createDataFrame(buckets, "bucket long, first long, end long, path string")
+    within = (F.col("microshard_id") >= F.col("first")) & (F.col("microshard_id") < F.col("end"))
+    bucket = F.expr(f"microshard_id div {width}") == F.col("bucket")
+    return frame.join(F.broadcast(table), bucket & within)

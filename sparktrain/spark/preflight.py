@@ -1,0 +1,198 @@
+"""What must hold before ranks are started; each failed check says what was found, what was needed, what to set.
+
+Ten silent minutes is what Spark gives a barrier stage with too few slots; these checks take seconds.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pyspark.sql import SparkSession
+
+from sparktrain import __version__
+from sparktrain.config import RunConfig
+from sparktrain.errors import ConfigError, DataError, LaunchError, ModelError
+from sparktrain.spark import task
+
+# Executors register a moment after the session is there.
+_REGISTRATION_SECONDS = 5.0
+
+
+def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
+    """``config`` with every ``auto`` decided by this cluster and every path absolute.
+
+    Raises :class:`ConfigError` where the cluster cannot run so many ranks in that way.
+    """
+    mode = config.launch.mode
+    if mode == "auto":
+        mode = "local" if is_local_master(spark) else "executors"
+    if mode == "executors":
+        _check_scheduling(spark)
+        slots = _slots(spark)
+        ranks, threads = config.launch.ranks or slots, int(_conf(spark, "spark.task.cpus", "1"))
+        if ranks > slots:
+            raise ConfigError(
+                f"launch.ranks is {ranks}, but the cluster has {slots} slots for barrier tasks: set launch.ranks to at "
+                f"most {slots}, or give Spark more (spark.executor.instances, spark.executor.cores), or lower spark.task.cpus"
+            )
+    else:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        ranks = config.launch.ranks or spark.sparkContext.defaultParallelism
+        threads = max(1, cores // ranks)
+        if config.launch.launcher == "direct" and ranks > 1:
+            raise ConfigError(
+                "launch.launcher is direct, which starts one rank per Spark task, but launch.mode is local: set launch.launcher to torchrun"
+            )
+    if ranks > config.train.total_batch:
+        raise ConfigError(
+            f"launch.ranks is {ranks}, more than train.total_batch {config.train.total_batch}: "
+            f"set launch.ranks to at most {config.train.total_batch} or train.total_batch to at least {ranks}"
+        )
+    values = config.model_dump(mode="json")
+    values["launch"] |= {"mode": mode, "ranks": ranks, "threads": config.launch.threads or threads}
+    values["run"]["dir"] = str(config.run.dir.absolute())
+    for section, name in (("data", "path"), ("data", "heldout"), ("model", "tokenizer")):
+        if values[section][name]:
+            values[section][name] = str(Path(values[section][name]).absolute())
+    local_model = Path(values["model"]["from_pretrained"] or "")
+    if values["model"]["from_pretrained"] and local_model.is_dir():
+        values["model"]["from_pretrained"] = str(local_model.absolute())
+    return RunConfig.model_validate(values)
+
+
+def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) -> dict[str, Any]:
+    """Ask as many executors as there will be ranks (in local mode: this machine) whether they can run ``config``.
+
+    Returns what training the model needs (:func:`sparktrain.train.describe.describe`). Raises the first problem.
+    """
+    reports = _probe(spark, config, paths)
+    directory = config.run.dir
+    unseen = [r for r in reports if not (directory / f".probe-{r['node']}").exists() and not r["unwritable"]]
+    for report in reports:
+        (directory / f".probe-{report['node']}").unlink(missing_ok=True)
+    for report in reports:
+        host = report["host"]
+        if report["unwritable"]:
+            raise ConfigError(
+                f"run.dir {directory} cannot be written on executor {host} ({report['unwritable']}): use a directory that all executors share"
+            )
+        if report["unreadable"]:
+            raise DataError(
+                f"{report['unreadable'][0]} cannot be read on executor {host}: use a directory that all executors share"
+            )
+    if unseen:
+        raise ConfigError(
+            f"run.dir {directory} on executor {unseen[0]['host']} is not the driver's: use a directory that all "
+            "executors and the driver share (NFS, /dbfs, /Volumes, ...)"
+        )
+    _check_versions(reports)
+    first = next(r for r in reports if r["node"] == 0)
+    if "problem" in first:
+        kind = next((k for k in (ConfigError, DataError, ModelError) if k.exit_code == first["code"]), LaunchError)
+        raise kind(first["problem"])
+    return dict(first["model"])
+
+
+def is_local_master(spark: SparkSession) -> bool:
+    """Whether executors are threads of the driver's JVM (``local[4]``; ``local-cluster`` has real ones)."""
+    master = _conf(spark, "spark.master", "")
+    return master == "local" or master.startswith("local[")
+
+
+def uses_gpu(spark: SparkSession, local: bool) -> bool:
+    """Whether Spark gives ranks GPUs: by ``spark.task.resource.gpu.amount``, in local mode by the driver's."""
+    key = "spark.driver.resource.gpu.amount" if local else "spark.task.resource.gpu.amount"
+    return _conf(spark, key, "0") not in ("", "0")
+
+
+def import_path() -> tuple[str, ...]:
+    """The driver's import path, for ranks."""
+    return tuple(str(Path(path).absolute()) for path in sys.path)
+
+
+def _check_scheduling(spark: SparkSession) -> None:
+    """Settings under which Spark cannot run a barrier stage, or would run a rank twice."""
+    forbidden = {
+        "spark.dynamicAllocation.enabled": "ranks need all their executors from start to end",
+        "spark.speculation": "it would start a second copy of a slow rank",
+    }
+    for key, reason in forbidden.items():
+        if _conf(spark, key, "false").lower() == "true":
+            raise ConfigError(f"{key} is true, but {reason}: submit with --conf {key}=false")
+    if _conf(spark, "spark.ssl.enabled", "false") == "true" and (
+        _conf(spark, "pytorch.spark.distributor.ignoreSsl", "false") != "true"
+    ):
+        raise ConfigError(
+            "spark.ssl.enabled is true, but gradients cross the network unencrypted, as TorchDistributor warns: "
+            "accept that with --conf pytorch.spark.distributor.ignoreSsl=true"
+        )
+    amount = _conf(spark, "spark.task.resource.gpu.amount", "0")
+    if not amount.isdigit() or int(amount) > 1:
+        raise ConfigError(
+            f"spark.task.resource.gpu.amount is {amount}, expected 1 (one GPU per rank) or unset: "
+            "submit with --conf spark.task.resource.gpu.amount=1"
+        )
+
+
+def _slots(spark: SparkSession) -> int:
+    """Barrier tasks the cluster can run at once, known to the JVM; 0 only after waiting for executors to register."""
+    jvm = spark.sparkContext._jsc.sc()
+    profile = jvm.resourceProfileManager().defaultResourceProfile()
+    expected = int(_conf(spark, "spark.executor.instances", "1"))
+    deadline = time.monotonic() + _REGISTRATION_SECONDS
+    while True:
+        slots, executors = int(jvm.maxNumConcurrentTasks(profile)), int(jvm.getExecutorMemoryStatus().size()) - 1
+        if (slots and (executors >= expected or is_local_master(spark))) or time.monotonic() > deadline:
+            return slots
+        time.sleep(0.1)
+
+
+def _probe(spark: SparkSession, config: RunConfig, paths: list[str]) -> list[dict[str, Any]]:
+    arguments = (config.model_dump_json(), str(config.run.dir), tuple(paths), import_path())
+    if config.launch.mode == "local":
+        before = list(sys.path)
+        try:
+            return [task.probe(*arguments, 0)]
+        finally:
+            sys.path[:] = before
+    config_json, run_dir, readable, imports = arguments
+    ask = partial(task.probe_partition, config_json=config_json, run_dir=run_dir, paths=readable, import_path=imports)
+    ranks = config.launch.ranks
+    rows = spark.range(0, ranks, 1, ranks).mapInArrow(ask, "report string", barrier=True).collect()
+    return sorted((json.loads(row.report) for row in rows), key=lambda r: int(r["node"]))
+
+
+def _check_versions(reports: list[dict[str, Any]]) -> None:
+    """All executors alike, and like the driver where the driver takes part (python, sparktrain)."""
+    first = reports[0]
+    for report in reports:
+        host = report["host"]
+        missing = [name for name, version in report["packages"].items() if version == "missing"]
+        if missing:
+            raise LaunchError(
+                f"executor {host} lacks {', '.join(missing)}: install it there, or ship an environment (spark.archives)"
+            )
+        if report["packages"]["sparktrain"] != __version__:
+            raise LaunchError(
+                f"executor {host} has sparktrain {report['packages']['sparktrain']}, the driver {__version__}: install the same wheel on both"
+            )
+        for name, version in {**report["packages"], "python": report["python"]}.items():
+            other = {**first["packages"], "python": first["python"]}[name]
+            if version != other:
+                raise LaunchError(
+                    f"executor {host} has {name} {version}, executor {first['host']} has {other}: "
+                    "install the same on all executors"
+                )
+    if first["python"].rsplit(".", 1)[0] != platform.python_version().rsplit(".", 1)[0]:
+        raise LaunchError(
+            f"executors run Python {first['python']}, the driver {platform.python_version()}: set PYSPARK_PYTHON to the same"
+        )
+
+
+def _conf(spark: SparkSession, key: str, default: str) -> str:
+    return str(spark.conf.get(key, default))

@@ -1,0 +1,220 @@
+"""What runs inside a Spark task: start this task's ranks, or report on its executor.
+
+Functions of this module are pickled by value (``launch.py`` registers it so), because they are what makes
+``sparktrain`` importable there: Spark puts ``--py-files`` on the worker's ``sys.path`` only, where a rank's own process
+does not find them. So this module imports the standard library at the top and everything else inside functions.
+"""
+
+import collections
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_TAIL_LINES = 40
+_PACKAGES = ("sparktrain", "torch", "transformers", "numpy", "pyarrow", "pyspark")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a task needs to know to start its ranks.
+
+    Args:
+        import_path: the driver's ``sys.path``: ranks look there after what the executor has.
+        threads: CPU threads per rank.
+        grace: seconds ranks have to end after SIGTERM before they are killed.
+    """
+
+    run_dir: str
+    generation: int
+    run_id: str
+    import_path: tuple[str, ...]
+    threads: int
+    launcher: str
+    grace: float = 2.0
+
+
+def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
+    """Run ``python -m module job.run_dir`` as this task's ranks, until all have ended.
+
+    Stands where TorchDistributor's ``_run_training_on_pytorch_file`` stood: called in a barrier task, or in the
+    driver in local mode. Streams the ranks' lines to the driver as ``[rank 3 host]``. Raises RuntimeError where
+    a rank ends with another status than 0, after writing down how.
+    """
+    local = bool(input_params["local_mode"])
+    nodes = 1 if local else int(input_params["num_tasks"])
+    per_node = int(input_params["num_processes"]) // nodes
+    node = 0 if local else int(os.environ["NODE_RANK"])
+    environment = _environment(job)
+    scratch = tempfile.mkdtemp(prefix="sparktrain-")  # torchrun's log files; it would leave them in /tmp
+    if job.launcher == "direct":
+        environment |= {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes)}
+        command, prefix = [sys.executable, "-u", "-m", module, job.run_dir], f"[rank {node} {socket.gethostname()}] "
+    else:
+        command, prefix = _torchrun(local, nodes, node, per_node, scratch, job) + ["-m", module, job.run_dir], ""
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+    try:
+        tail = _pump(child, prefix, input_params.get("log_streaming_client"))
+        child.wait()
+    finally:
+        _stop(child, job.grace)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if child.returncode != 0:
+        _write_exit(job, node, child.returncode, tail)
+        raise RuntimeError(f"ranks of task {node} on {socket.gethostname()} ended with status {child.returncode}")
+
+
+def _torchrun(local: bool, nodes: int, node: int, per_node: int, scratch: str, job: Job) -> list[str]:
+    if local:
+        where = ["--standalone", "--local-addr=127.0.0.1"]
+    else:
+        endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        # A rendezvous id of its own: TorchDistributor's constant 0 lets a rank of a dead run join this one.
+        where = [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={job.run_id}-{job.generation}", f"--node-rank={node}"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={per_node}",
+        *where,
+        f"--log-dir={scratch}",
+        "--tee=3",
+    ]
+
+
+def _environment(job: Job) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(_import_path(job.import_path)),
+        "OMP_NUM_THREADS": str(job.threads),
+        "SPARKTRAIN_GENERATION": str(job.generation),
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[rank ${{rank}} {socket.gethostname()}] ",
+    }
+
+
+def _import_path(driver_path: tuple[str, ...]) -> list[str]:
+    """This worker's import path, which has Spark's py-files, then what the driver has besides and exists here."""
+    mine = [path for path in sys.path if path]
+    return mine + [path for path in driver_path if path not in mine and os.path.exists(path)]
+
+
+def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]:
+    """Hand on each line until the ranks close their output; returns the last lines. A lost log connection costs the
+    lines, never the run: stock TorchDistributor aborts the stage when its log server goes away."""
+    tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+    assert child.stdout is not None
+    for raw in child.stdout:
+        line = prefix + raw.decode(errors="replace").rstrip()
+        tail.append(line)
+        if not line.startswith("[rank "):
+            continue  # torchrun's own words: kept for the post-mortem, noise otherwise
+        with suppress(Exception):
+            if client is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                client.send(line)
+    return list(tail)
+
+
+def _stop(child: subprocess.Popen[bytes], grace: float) -> None:
+    """End the process group, by SIGTERM and after ``grace`` by SIGKILL. Ranks are in sessions of torchrun's making;
+    they follow it by their parent-death signal (``worker.py``)."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if child.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(grace)
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
+    sys.path[:] = _import_path(job.import_path)
+    from sparktrain.rundir import RunDir
+
+    RunDir(job.run_dir).write_exit(
+        job.generation, {"node": node, "host": socket.gethostname(), "status": status, "tail": tail}
+    )
+
+
+def probe(
+    config_json: str, run_dir: str, paths: tuple[str, ...], import_path: tuple[str, ...], node: int
+) -> dict[str, Any]:
+    """What one executor looks like to a run; task 0 also reports on the model (``worker --describe``).
+
+    ``problem`` is an error line with its exit code ``code``, where the model or a path cannot be used.
+    """
+    report: dict[str, Any] = {"node": node, "host": socket.gethostname(), "python": platform.python_version()}
+    sys.path[:] = _import_path(import_path)
+    report["packages"] = {name: _version(name) for name in _PACKAGES}
+    report["unreadable"] = [path for path in paths if not os.access(path, os.R_OK)]
+    report["free_bytes"] = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
+    mark = Path(run_dir) / f".probe-{node}"
+    try:
+        mark.write_text(str(time.time()))
+        report["unwritable"] = ""
+    except OSError as error:
+        report["unwritable"] = str(error.strerror)
+    if node == 0:
+        asked = subprocess.run(
+            [sys.executable, "-m", "sparktrain.worker", "--describe"],
+            input=config_json,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if asked.returncode == 0:
+            report["model"] = json.loads(asked.stdout.splitlines()[-1])
+        else:
+            lines = asked.stderr.strip().splitlines() or [f"it ended with status {asked.returncode}"]
+            report |= {"problem": lines[-1].removeprefix("error: "), "code": asked.returncode}
+    return report
+
+
+def probe_partition(
+    batches: Iterator[Any], config_json: str, run_dir: str, paths: tuple[str, ...], import_path: tuple[str, ...]
+) -> Iterator[Any]:
+    """:func:`probe` as a barrier task of ``mapInArrow``: one row with one JSON ``report``."""
+    import pyarrow as pa
+    from pyspark import BarrierTaskContext
+
+    for _ in batches:
+        pass
+    report = probe(config_json, run_dir, paths, import_path, BarrierTaskContext.get().partitionId())
+    yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+        with suppress(ImportError):
+            found = __import__(package) if package == "sparktrain" else None
+        return getattr(found, "__version__", "missing")

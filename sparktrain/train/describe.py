@@ -1,0 +1,36 @@
+"""What training a config would need, without weights: asked by the driver of an executor, through the door."""
+
+from typing import Any, get_args
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparktrain.config import RunConfig, Strategy
+from sparktrain.errors import ModelError
+from sparktrain.train.models import model_config
+from sparktrain.train.strategies import STRATEGIES
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """``num_parameters``, ``vocab_size``, ``max_positions`` and per strategy the ``traffic`` of one step and rank.
+
+    Strategies other than the chosen one are taken with their default settings. Raises like
+    :func:`sparktrain.train.models.model_config`.
+    """
+    hf_config = model_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.trust_remote_code)
+    except ValueError as error:
+        raise ModelError(f"the model is no causal language model: {str(error).splitlines()[0]}") from None
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    sections = {section().kind: section() for section in get_args(Strategy)} | {config.strategy.kind: config.strategy}
+    world = config.launch.ranks
+    return {
+        "num_parameters": sum(shape.numel() for shape in shapes),
+        "vocab_size": hf_config.vocab_size,
+        "max_positions": getattr(hf_config, "max_position_embeddings", None),
+        "traffic": {
+            name: vars(kind.traffic_per_step(shapes, sections[name], world)) for name, kind in STRATEGIES.items()
+        },
+    }

@@ -1,0 +1,46 @@
+"""The loss: of a batch, and over held-out data on all ranks.
+
+Shapes: M_ = sequences of a micro-batch, S = sequence length, V = vocabulary.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from sparktrain import tokens
+from sparktrain.config import RunConfig
+from sparktrain.plan import slots_of
+from sparktrain.train.batches import read_windows, spread_windows
+from sparktrain.train.world import World
+
+
+def token_losses(model: PreTrainedModel, tokens_MS: torch.Tensor, autocast: str = "none") -> torch.Tensor:
+    """Sum over all targets of ``tokens_MS`` ``[M_, S+1]`` of the cross-entropy in nats, a float32 scalar."""
+    low_precision = torch.autocast(tokens_MS.device.type, dtype=torch.bfloat16)
+    with low_precision if autocast == "bfloat16" else contextlib.nullcontext():
+        logits_MSV = model(input_ids=tokens_MS[:, :-1]).logits
+    return F.cross_entropy(logits_MSV.float().flatten(0, 1), tokens_MS[:, 1:].flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def heldout_loss(model: PreTrainedModel, config: RunConfig, world: World) -> float | None:
+    """Mean loss in nats per token over ``data.heldout``, the same number on every rank; None where there is none."""
+    if config.data.heldout is None:
+        return None
+    shards = [tokens.inspect(path) for path in tokens.find_shards(config.data.heldout)]
+    windows = spread_windows(shards, config.data.sequence_length, config.data.heldout_sequences)
+    first, last = slots_of(world.rank, world.size, len(windows))
+    files = {shard.path: tokens.TokenFile(shard) for shard, _ in windows[first:last]}
+    mine = [(files[shard.path], start) for shard, start in windows[first:last]]
+    model.eval()
+    total = 0.0
+    for i in range(0, len(mine), config.train.micro_batch):
+        batch = read_windows(mine[i : i + config.train.micro_batch], config.data.sequence_length)
+        total += float(token_losses(model, batch.to(world.device), config.train.autocast))
+    model.train()
+    for file in files.values():
+        file.close()
+    loss_sum, count = world.sum(total, len(mine) * config.data.sequence_length)
+    return loss_sum / count
