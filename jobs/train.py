@@ -1,11 +1,11 @@
 """spark-submit jobs/train.py CONFIG.toml [--section.key value ...] [--dry-run]: train on this Spark cluster."""
 
 from pydantic_settings import CliImplicitFlag
-from pyspark.sql import SparkSession
 
 from sparktrain import cli
 from sparktrain.config import RunConfig
 from sparktrain.spark import driver
+from sparktrain.spark.session import session
 
 
 class TrainJob(RunConfig):
@@ -17,12 +17,9 @@ class TrainJob(RunConfig):
 
 def main(argv: list[str]) -> None:
     job = cli.parse(TrainJob, argv)
-    spark = SparkSession.builder.appName("sparktrain").getOrCreate()
     config = RunConfig.model_validate(job.model_dump(exclude={"dry_run"}))
-    if job.dry_run:
-        print(driver.dry_run(spark, config))
-    else:
-        print(driver.run(spark, config).report())
+    with session("sparktrain") as spark:
+        print(driver.dry_run(spark, config) if job.dry_run else driver.run(spark, config).report())
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Prepared:
             f"data       {len(spec.shards)} shards, {sum(s.num_tokens for s in spec.shards):,} tokens, "
             f"{spec.num_microshards:,} sequences of {spec.sequence_length}",
             f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {spec.total_batch} sequences, "
-            f"{spec.steps * spec.target_tokens_per_step:,} tokens, {spec.num_positions / spec.num_microshards:.2f} epochs",
+            f"{spec.steps * spec.target_tokens_per_step:,} tokens, "
+            f"{spec.num_positions / spec.num_microshards:.2f} epochs",
             f"ranks      {world}, {launch_.mode}, {launch_.threads} threads each",
         ]
         ring = max(1, int(self.model["traffic"]["adamw"]["bytes_received"]))

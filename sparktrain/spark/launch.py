@@ -24,7 +24,7 @@ from sparktrain.results import RankFailure
 from sparktrain.rundir import RunDir
 from sparktrain.spark import task
 
-cloudpickle.register_pickle_by_value(task)
+cloudpickle.register_pickle_by_value(task)  # type: ignore[no-untyped-call]
 
 
 class RankDistributor(TorchDistributor):

@@ -5,7 +5,7 @@ order without a shuffle or a sort. Cycle walking is not left to SQL: the fewer t
 walk are computed on the driver and joined as a table.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,11 @@ from sparktrain.tokens import Shard
 
 _INSPECTED = pa.schema(
     [
-        ("path", pa.string()),
-        ("num_tokens", pa.int64()),
-        ("token_size", pa.int32()),
-        ("max_token", pa.int64()),
-        ("problem", pa.string()),
+        pa.field("path", pa.string()),
+        pa.field("num_tokens", pa.int64()),
+        pa.field("token_size", pa.int32()),
+        pa.field("max_token", pa.int64()),
+        pa.field("problem", pa.string()),
     ]
 )
 # Tokens looked at in one piece while a shard is checked: 32 MiB as int64.
@@ -127,10 +127,10 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int) -> Da
     return spark.read.parquet(directory.plan.as_uri()).select("*", rank.alias("rank"))
 
 
-def _inspect(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Runs in executors: each path's shard and largest token, or what is wrong with it."""
     for batch in batches:
-        for path in batch.column(0).to_pylist():
+        for path in [str(value) for value in batch.column(0).to_pylist()]:
             row: dict[str, object] = {"path": path}
             try:
                 shard = tokens.inspect(path)

@@ -38,7 +38,8 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
         if ranks > slots:
             raise ConfigError(
                 f"launch.ranks is {ranks}, but the cluster has {slots} slots for barrier tasks: set launch.ranks to at "
-                f"most {slots}, or give Spark more (spark.executor.instances, spark.executor.cores), or lower spark.task.cpus"
+                f"most {slots}, or give Spark more (spark.executor.instances, spark.executor.cores), or lower "
+                "spark.task.cpus"
             )
     else:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -46,7 +47,8 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
         threads = max(1, cores // ranks)
         if config.launch.launcher == "direct" and ranks > 1:
             raise ConfigError(
-                "launch.launcher is direct, which starts one rank per Spark task, but launch.mode is local: set launch.launcher to torchrun"
+                "launch.launcher is direct, which starts one rank per Spark task, but launch.mode is local: "
+                "set launch.launcher to torchrun"
             )
     if ranks > config.train.total_batch:
         raise ConfigError(
@@ -79,7 +81,8 @@ def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) ->
         host = report["host"]
         if report["unwritable"]:
             raise ConfigError(
-                f"run.dir {directory} cannot be written on executor {host} ({report['unwritable']}): use a directory that all executors share"
+                f"run.dir {directory} cannot be written on executor {host} ({report['unwritable']}): "
+                "use a directory that all executors share"
             )
         if report["unreadable"]:
             raise DataError(
@@ -179,7 +182,8 @@ def _check_versions(reports: list[dict[str, Any]]) -> None:
             )
         if report["packages"]["sparktrain"] != __version__:
             raise LaunchError(
-                f"executor {host} has sparktrain {report['packages']['sparktrain']}, the driver {__version__}: install the same wheel on both"
+                f"executor {host} has sparktrain {report['packages']['sparktrain']}, the driver {__version__}: "
+                "install the same wheel on both"
             )
         for name, version in {**report["packages"], "python": report["python"]}.items():
             other = {**first["packages"], "python": first["python"]}[name]
@@ -190,7 +194,8 @@ def _check_versions(reports: list[dict[str, Any]]) -> None:
                 )
     if first["python"].rsplit(".", 1)[0] != platform.python_version().rsplit(".", 1)[0]:
         raise LaunchError(
-            f"executors run Python {first['python']}, the driver {platform.python_version()}: set PYSPARK_PYTHON to the same"
+            f"executors run Python {first['python']}, the driver {platform.python_version()}: "
+            "set PYSPARK_PYTHON to the same"
         )
 
 

@@ -64,7 +64,7 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
         environment |= {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes)}
         command, prefix = [sys.executable, "-u", "-m", module, job.run_dir], f"[rank {node} {socket.gethostname()}] "
     else:
-        command, prefix = _torchrun(local, nodes, node, per_node, scratch, job) + ["-m", module, job.run_dir], ""
+        command, prefix = [*_torchrun(local, nodes, node, per_node, scratch, job), "-m", module, job.run_dir], ""
     child = subprocess.Popen(
         command,
         env=environment,

@@ -57,7 +57,7 @@ class Batches:
             share = last_slot - first_slot
             if len(found) != share * (end - begin):
                 raise DataError(
-                    f"plan {self._plan.files[0]} and its siblings hold {len(found)} rows for steps {begin} to {end - 1}, "
+                    f"the plan holds {len(found)} rows for steps {begin} to {end - 1} of this rank, "
                     f"expected {share * (end - begin)}: the plan is damaged; remove the run directory and start again"
                 )
             if begin == self._first_step:

@@ -20,7 +20,9 @@ def describe(config: RunConfig) -> dict[str, Any]:
     hf_config = model_config(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                hf_config, trust_remote_code=config.model.trust_remote_code
+            )
     except ValueError as error:
         raise ModelError(f"the model is no causal language model: {str(error).splitlines()[0]}") from None
     shapes = [p.shape for p in model.parameters() if p.requires_grad]

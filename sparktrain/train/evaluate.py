@@ -34,7 +34,7 @@ def heldout_loss(model: PreTrainedModel, config: RunConfig, world: World) -> flo
     first, last = slots_of(world.rank, world.size, len(windows))
     files = {shard.path: tokens.TokenFile(shard) for shard, _ in windows[first:last]}
     mine = [(files[shard.path], start) for shard, start in windows[first:last]]
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     total = 0.0
     for i in range(0, len(mine), config.train.micro_batch):
         batch = read_windows(mine[i : i + config.train.micro_batch], config.data.sequence_length)

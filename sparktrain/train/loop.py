@@ -39,7 +39,7 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec) -> RankResult:
         for record in _steps(directory, config, spec, world, model, strategy):
             records.append(record)
             first_step_at = first_step_at or time.time()
-            if record.step % config.run.log_every == 0 or record.step == spec.steps - 1:
+            if record.step == 0 or (record.step + 1) % config.run.log_every == 0:
                 _say(world, _line(record, spec))
         strategy.sync()
         after = heldout_loss(model, config, world)
@@ -104,7 +104,7 @@ def _accumulate_gradients(model: PreTrainedModel, tokens_BS: torch.Tensor, scale
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=tokens_BS.device)
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
-    for tokens_MS in tokens_BS.split(settings.micro_batch):
+    for tokens_MS in torch.split(tokens_BS, settings.micro_batch):
         loss = token_losses(model, tokens_MS, settings.autocast)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

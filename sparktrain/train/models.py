@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from sparktrain.config import Model, RunConfig
 from sparktrain.errors import ConfigError, ModelError
@@ -46,7 +47,7 @@ def build(config: RunConfig, world: World) -> PreTrainedModel:
     torch.manual_seed(config.run.seed)
     options: dict[str, Any] = {"dtype": _DTYPES[settings.dtype], "attn_implementation": settings.attention}
     if settings.from_pretrained and world.rank == 0:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             settings.from_pretrained,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
@@ -55,14 +56,17 @@ def build(config: RunConfig, world: World) -> PreTrainedModel:
         )
     else:
         hf_config = model_config(config) if settings.trust_remote_code else AutoConfig.for_model(**values)
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=settings.trust_remote_code, **options)
-    model.to(world.device)
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            hf_config, trust_remote_code=settings.trust_remote_code, **options
+        )
+    model.to(world.device)  # type: ignore[arg-type]
     model.config.use_cache = False
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     for tensor in [*model.parameters(), *model.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
-    return model.train()
+    model.train()
+    return model
 
 
 def digest(model: PreTrainedModel) -> str:
@@ -79,6 +83,7 @@ def save(model: PreTrainedModel, config: RunConfig, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.use_cache = True
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(temporary)
     tokenizer = tokenizer_path(config)
     if tokenizer:
@@ -115,7 +120,7 @@ def _scratch_config(config: RunConfig) -> Any:
         known = AutoConfig.for_model(settings.architecture)
     except ValueError:
         raise ConfigError(
-            f"model.architecture {settings.architecture!r} is not known to transformers: use its model_type, such as llama"
+            f"model.architecture {settings.architecture!r} is unknown to transformers: use a model_type, as llama"
         ) from None
     unknown = sorted(set(sizes) - set(known.to_dict()))
     if unknown:

@@ -59,7 +59,7 @@ def start_world(threads: int, timeout_seconds: int) -> Iterator[World]:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(threads)
-    store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
+    store = torch._C._distributed_c10d.HashStore() if "MASTER_ADDR" not in os.environ else None
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,

@@ -60,7 +60,7 @@ class AllReduceAdamW:
             self.traffic.seconds += time.perf_counter() - began
             self.traffic.add_ring_all_reduce(bucket.nbytes, self._world)
             bucket /= self._world
-            pieces = bucket.split([g.numel() for g in gradients])
+            pieces = torch.split(bucket, [g.numel() for g in gradients])
             for parameter, piece in zip(owners, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
 

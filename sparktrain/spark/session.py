@@ -1,0 +1,51 @@
+"""The Spark session of a job."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+from pyspark.sql import SparkSession
+
+from sparktrain.errors import ConfigError
+
+_HOW = (
+    "install it (Debian, Ubuntu: apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17) "
+    "and set JAVA_HOME to it if it is not on the PATH"
+)
+
+
+@contextlib.contextmanager
+def session(name: str) -> Iterator[SparkSession]:
+    """The active session, as in a notebook or on Databricks, which is left running; else a new one, stopped at the end.
+
+    Master and settings are spark-submit's (or ``spark-defaults.conf``'s); none is set here, as it would override them.
+    """
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        yield active
+        return
+    _check_java()
+    spark = SparkSession.builder.appName(name).getOrCreate()
+    try:
+        yield spark
+    finally:
+        spark.stop()
+
+
+def _check_java() -> None:
+    """Raises :class:`ConfigError` where there is no Java 17: pyspark would say JAVA_GATEWAY_EXITED after a while."""
+    home = os.environ.get("JAVA_HOME")
+    java = os.path.join(home, "bin", "java") if home else shutil.which("java")
+    if "SPARK_CONNECT_MODE_ENABLED" in os.environ or "PYSPARK_GATEWAY_PORT" in os.environ:
+        return  # spark-submit has started the JVM already
+    if not java or not os.path.exists(java):
+        raise ConfigError(f"Spark needs Java 17 or newer and none was found{' at JAVA_HOME' if home else ''}: {_HOW}")
+    said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version "(\d+)', said)
+    if not version or int(version.group(1)) < 17:
+        raise ConfigError(
+            f"Spark needs Java 17 or newer, {java} is {version.group(1) if version else 'not Java'}: {_HOW}"
+        )
