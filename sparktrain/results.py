@@ -152,7 +152,8 @@ class RunResult:
     @property
     def metrics(self) -> "pd.DataFrame":
         """:attr:`table` as a pandas frame."""
-        return self.table.to_pandas()
+        frame: pd.DataFrame = self.table.to_pandas()
+        return frame
 
     def metrics_frame(self, spark: Any) -> Any:
         """:attr:`table` as a Spark frame of session ``spark``."""

@@ -1,0 +1,49 @@
+# make quickstart   set everything up, tokenize real text, train on it with two ranks through Spark, sample from it
+# make test         set everything up, check style, types and import walls, run all tests
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON ?= python3
+DATA   := data/quickstart
+RUN    := runs/quickstart
+# spark-submit takes Python from the PATH; a laptop's host name often resolves to an address it cannot bind.
+SUBMIT := PATH="$(CURDIR)/$(BIN):$$PATH" PYSPARK_PYTHON=python spark-submit --properties-file conf/spark-defaults.conf --master local[2]
+# More settings for the quickstart's training: make quickstart TRAIN_ARGS="--train.steps 20"
+TRAIN_ARGS ?=
+
+.PHONY: quickstart test lint docs bench clean java
+
+quickstart: java $(VENV)/.installed
+	$(SUBMIT) jobs/tokenize.py conf/tokenize.toml
+	$(SUBMIT) jobs/train.py conf/quickstart.toml --run.dir $(RUN) $(TRAIN_ARGS)
+	$(BIN)/python jobs/generate.py --model $(RUN) --prompt "def "
+
+test: java lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: java $(VENV)/.installed
+	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/launch.py
+
+# Before anything else: pyspark without Java fails late and says JAVA_GATEWAY_EXITED.
+java:
+	@java="$${JAVA_HOME:+$$JAVA_HOME/bin/}java"; \
+	version=$$("$$java" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -n 1); \
+	if [ "$${version:-0}" -lt 17 ]; then \
+	  echo "error: Spark needs Java 17 or newer, found $${version:-none}: install it (Debian, Ubuntu: apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17) and set JAVA_HOME to it" >&2; \
+	  exit 2; \
+	fi
+
+$(VENV)/.installed: setup.cfg setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info data runs
