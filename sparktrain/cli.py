@@ -56,10 +56,14 @@ def parse(model: type[Config], argv: Sequence[str]) -> Config:
     return model.model_validate(parsed.model_dump())
 
 
-def main(job: Callable[[list[str]], int | None]) -> None:
-    """Run ``job(argv)`` and exit: 0 or what it returns; one line and the error's code for a user's mistake."""
+def main(job: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Run ``job(argv)`` and exit: with 0, or with one line on stderr and the error's code for a user's mistake.
+
+    ``SPARKTRAIN_DEBUG=1`` in the environment shows the traceback of those, too.
+    """
+    code = 0
     try:
-        code = job(sys.argv[1:]) or 0
+        job(sys.argv[1:] if argv is None else argv)
     except SparktrainError as error:
         if os.environ.get("SPARKTRAIN_DEBUG"):
             raise

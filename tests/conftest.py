@@ -1,8 +1,9 @@
 """Fixtures of the three rings: pure tests need none, ``on_ranks`` gives real gloo ranks, ``spark`` a real Spark."""
 
 import multiprocessing
-import multiprocessing.connection
 import os
+import pickle
+import runpy
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,7 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from sparktrain import cli
+from sparktrain.tokens import ds
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB = 512
+TINY_MODEL = (
+    '{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, '
+    '"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}'
+)
 
 _DEADLINE_SECONDS = 300
 
@@ -31,9 +43,11 @@ def _rank(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, 
         value: Any = fn(rank, world, *args)
         dist.barrier()
         dist.destroy_process_group()
-        pipe.send((True, value))
+        outcome = (True, value)
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        outcome = (False, traceback.format_exc())
+    # By plain pickle: the pipe's own pickler would hand tensors over as shared memory that dies with this process.
+    pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
     os._exit(0)
 
@@ -59,7 +73,10 @@ def run_on_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
             pipes.append(ours)
             processes.append(process)
         try:
-            outcomes = [pipe.recv() if pipe.poll(_DEADLINE_SECONDS) else (False, "deadline passed") for pipe in pipes]
+            outcomes = [
+                pickle.loads(pipe.recv_bytes()) if pipe.poll(_DEADLINE_SECONDS) else (False, "deadline passed")
+                for pipe in pipes
+            ]
         finally:
             for process in processes:
                 process.kill()
@@ -92,3 +109,47 @@ def spark() -> Iterator[Any]:
     session.sparkContext.setLogLevel("ERROR")
     yield session
     session.stop()
+
+
+def write_shards(directory: Path, shards: int = 3, tokens: int = 4000, seed: int = 0) -> Path:
+    """``shards`` shards of a random walk over the vocabulary: learnable in a few steps."""
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(shards):
+        document = np.cumsum(rng.integers(0, 3, tokens)) % VOCAB
+        ds.write(directory / f"{i:05d}_00000_shuffled.ds", [document], VOCAB, "random walk")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``train`` and ``heldout`` shards. Tests that damage shards write their own."""
+    directory = tmp_path_factory.mktemp("data")
+    write_shards(directory / "train")
+    write_shards(directory / "heldout", shards=1, seed=1)
+    return directory
+
+
+def tiny_argv(data: Path, run_dir: Path, *more: str) -> list[str]:
+    """Arguments of jobs/train.py for a run of a few seconds."""
+    return [
+        *("--run.dir", str(run_dir), "--run.seed", "5", "--run.log-every", "2"),
+        *("--data.path", str(data / "train"), "--data.sequence-length", "32"),
+        *("--model.sizes", TINY_MODEL, "--optimizer.lr", "3e-3", "--schedule.warmup-steps", "2"),
+        *("--train.steps", "6", "--train.total-batch", "8", "--train.micro-batch", "4", "--launch.ranks", "2"),
+        *more,
+    ]
+
+
+@pytest.fixture
+def job(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``job("train", *argv) -> (exit code, stdout, stderr)``: a job's own main, in this process and Spark session."""
+
+    def run(name: str, *argv: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"], list(argv))
+        out, err = capfd.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return run

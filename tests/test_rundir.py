@@ -40,9 +40,9 @@ def test_a_directory_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
 
 def test_a_second_start_is_told_who_holds_the_run(tmp_path: Path) -> None:
     directory = RunDir(tmp_path / "run")
-    with directory.lock(), pytest.raises(RunDirBusy, match=f"in use by process {os.getpid()} on .* since 20"):
-        with RunDir(tmp_path / "run").lock():
-            pass
+    mine = f"in use by process {os.getpid()} on .* since 20"
+    with directory.lock(), pytest.raises(RunDirBusy, match=mine), RunDir(tmp_path / "run").lock():
+        pass
     assert not directory.path.exists()  # nothing was written, so nothing is left
 
 

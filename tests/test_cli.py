@@ -1,0 +1,86 @@
+"""Settings: file first, command line over it, and one line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from sparktrain import cli
+from sparktrain.config import RunConfig
+from sparktrain.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    file = write(tmp_path, "[train]\nsteps = 7\ntotal_batch = 32\n[strategy]\nkind = 'distro'\ncompression_topk = 4\n")
+    config = cli.parse(
+        RunConfig, [file, "--train.steps", "9", "--optimizer.lr=1e-3", "--strategy.compression-topk", "8"]
+    )
+    assert (config.train.steps, config.train.total_batch, config.train.micro_batch) == (9, 32, 8)
+    assert config.optimizer.lr == 1e-3
+    assert config.strategy.model_dump()["compression_topk"] == 8
+
+
+def test_both_spellings_of_a_flag_are_the_same() -> None:
+    for flag in ("--train.total-batch", "--train.total_batch"):
+        assert cli.parse(RunConfig, [flag, "16"]).train.total_batch == 16
+
+
+def test_a_strategy_can_be_switched_on_the_command_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "[strategy]\nkind = 'adamw'\n")
+    assert cli.parse(RunConfig, [file, "--strategy.kind", "distro"]).strategy.kind == "distro"
+
+
+def test_settings_are_frozen_and_survive_their_file() -> None:
+    config = cli.parse(RunConfig, ["--model.sizes", '{"hidden_size": 64}'])
+    assert config.model.sizes == {"hidden_size": 64}
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.parse(RunConfig, ["--help"])
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    for key in cli._keys(RunConfig):
+        assert f"--{key.replace('_', '-')}" in said
+    assert "Sequences per forward pass of one rank" in said
+
+
+@pytest.mark.parametrize(
+    ("toml", "argv", "message"),
+    [
+        ("[train]\nstep = 3\n", [], "c.toml: unknown key train.step: did you mean train.steps?"),
+        ("[trane]\nsteps = 3\n", [], "c.toml: unknown key trane"),
+        ("[train]\nsteps = 'many'\n", [], "c.toml: train.steps: input should be a valid integer, found 'many'"),
+        ("[optimizer]\nlr = '3e-4'\n", [], "c.toml: optimizer.lr: input should be a valid number, found '3e-4'"),
+        ("[train]\nsteps = 0\n", [], "train.steps: input should be greater than or equal to 1, found 0"),
+        ("[optimizer]\nlr = nan\n", [], "optimizer.lr"),
+        ("[train\nsteps = 3\n", [], "c.toml is not valid TOML: .* line 1"),
+        ("[train]\nsteps = 1\nsteps = 2\n", [], "c.toml is not valid TOML: .*line 3"),
+        ("[strategy]\nkind = 'adam'\n", [], "c.toml: strategy: .*'adamw', 'distro'"),
+        ("[strategy]\nkind = 'distro'\ncompression_topq = 3\n", [], "unknown key strategy.compression_topq: did you"),
+        ("[train]\ntotal_batch = 10\nmicro_batch = 4\n", [], "set train.total_batch to 8 or 12"),
+        ("[train]\ntotal_batch = 4\nmicro_batch = 8\n", [], "train.micro_batch is 8, more than train.total_batch 4"),
+        ("", ["--train.stepz", "3"], "unknown option --train.stepz: did you mean --train.steps?"),
+        ("", ["--train.steps", "1.5"], "train.steps: input should be a valid integer.*found '1.5'"),
+        ("", ["--train.steps"], "command line: .*steps"),
+        ("", ["--strategy.kind", "distro", "--strategy.compression-topk", "5000"], "set it to at most 4096"),
+        ("", ["--optimizer.betas", "[0.9,1.5]"], "optimizer.betas are .*expected two numbers in"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, toml: str, argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        cli.parse(RunConfig, [write(tmp_path, toml), *argv])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"config file nowhere\.toml does not exist"):
+        cli.parse(RunConfig, ["nowhere.toml"])

@@ -1,0 +1,87 @@
+"""The planner: SQL gives plan.py's numbers; disjoint and complete, by SQL."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparktrain import plan, tokens
+from sparktrain.errors import DataError
+from sparktrain.plan import Assignment, PlanSpec
+from sparktrain.rundir import RunDir
+from sparktrain.spark import planner
+from sparktrain.tokens import Shard
+
+
+def spec_over(num_tokens: list[int], batch: int, steps: int) -> PlanSpec:
+    shards = tuple(Shard(f"/shards/{i:03d}.ds", n, 2) for i, n in enumerate(num_tokens))
+    return PlanSpec(shards, sequence_length=16, total_batch=batch, steps=steps, seed=11)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "batch", "steps"),
+    [
+        ([16 * 40 + 1, 16 * 61 + 9, 16 * 3 + 1], 7, 40),  # 104 microshards, 2.7 epochs
+        ([17], 3, 5),  # one microshard, an epoch per position
+        ([16 * 4099 + 1], 64, 65),  # prime number of microshards
+        ([16 * n + 1 for n in (1, 50, 1, 200, 2)], 16, 20),  # shards of very different sizes
+    ],
+)
+def test_sql_gives_the_same_rows_as_arithmetic(spark: Any, num_tokens: list[int], batch: int, steps: int) -> None:
+    spec = spec_over(num_tokens, batch, steps)
+    rows = planner.plan_frame(spark, spec).collect()
+    assert [Assignment(**row.asDict()) for row in rows] == plan.rows(spec, 0, spec.num_positions)
+
+
+def test_the_plan_on_disk_is_disjoint_and_complete_by_sql(spark: Any, data: Path, tmp_path: Path) -> None:
+    indexed = planner.index_shards(spark, data / "train")
+    assert [shard for shard, _ in indexed] == [tokens.inspect(p) for p in tokens.find_shards(data / "train")]
+    spec = PlanSpec(tuple(shard for shard, _ in indexed), 32, total_batch=9, steps=100, seed=1)
+    directory = RunDir(tmp_path)
+    planner.write_plan(spark, spec, directory)
+    assert directory.plan_spec() == spec
+    for world in (1, 2, 3, 4, 9):
+        planner.assignments(spark, tmp_path, world).createOrReplaceTempView("assignments")
+
+        def one(query: str) -> Any:
+            return spark.sql(query).collect()[0][0]
+
+        n = spec.num_microshards
+        assert one("select count(*) from assignments") == 900
+        assert one("select max(pos) - min(pos) + 1 - count(distinct pos) from assignments") == 0
+        assert (
+            one("select count(*) from (select 1 from assignments group by epoch, microshard_id having count(*) > 1)")
+            == 0
+        )
+        assert one("select count(distinct microshard_id) from assignments where epoch = 0") == n
+        assert (
+            one("select count(*) from (select 1 from assignments group by path, start, epoch having count(*) > 1)") == 0
+        )
+        assert (
+            one("select count(*) from (select 1 from assignments group by step having count(distinct slot) <> 9)") == 0
+        )
+        assert one("select count(distinct rank) from assignments") == world
+        shares = {r.rank: (r.lo, r.hi + 1) for r in spark.sql(
+            "select rank, min(slot) lo, max(slot) hi from assignments group by rank"
+        ).collect()}  # fmt: skip
+        assert shares == {rank: plan.slots_of(rank, world, 9) for rank in range(world)}
+
+
+def test_the_same_plan_is_not_written_again_and_another_one_replaces_it(spark: Any, tmp_path: Path) -> None:
+    spec, directory = spec_over([1000], 4, 10), RunDir(tmp_path)
+    planner.write_plan(spark, spec, directory)
+    files = sorted(p.name for p in directory.plan.glob("*.parquet"))
+    planner.write_plan(spark, spec, directory)
+    assert sorted(p.name for p in directory.plan.glob("*.parquet")) == files
+    other = spec_over([1000], 4, 12)
+    planner.write_plan(spark, other, directory)
+    assert directory.plan_spec() == other
+    assert planner.assignments(spark, tmp_path, 1).count() == 48
+
+
+def test_assignments_need_a_plan_and_a_world_that_fits(spark: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no plan"):
+        planner.assignments(spark, tmp_path, 2)
+    planner.write_plan(spark, spec_over([1000], 4, 10), RunDir(tmp_path))
+    with pytest.raises(ValueError, match="world_size is 5: expected 1 to train.total_batch 4"):
+        planner.assignments(spark, tmp_path, 5)
