@@ -1,0 +1,254 @@
+"""Launching: every way to start ranks gives the same parameters, and no failure is hidden, silent or left running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparktrain import cli, plan
+from sparktrain.config import RunConfig
+from sparktrain.errors import LaunchError
+from sparktrain.results import RankResult
+from sparktrain.rundir import RunDir
+from sparktrain.spark import driver, launch, planner, preflight, task
+from sparktrain.train.batches import Batches
+from sparktrain.train.evaluate import token_losses
+from tests.conftest import ROOT, tiny_argv, write_shards
+
+SUBMIT = [
+    *("spark-submit", "--properties-file", str(ROOT / "conf" / "spark-defaults.conf")),
+    *("--conf", "spark.ui.enabled=false", "--conf", "spark.driver.host=127.0.0.1"),
+    *("--conf", "spark.driver.bindAddress=127.0.0.1"),
+]
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYSPARK_PYTHON": sys.executable,
+}
+
+
+@pytest.fixture(scope="module")
+def reference(spark: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in Spark's local mode, by the job's own code."""
+    run_dir = tmp_path_factory.mktemp("runs") / "local"
+    argv = tiny_argv(data, run_dir, "--data.heldout", str(data / "heldout"))
+    driver.run(spark, cli.parse(RunConfig, argv))
+    return run_dir
+
+
+def digest_of(run_dir: Path) -> str:
+    digests = set(json.loads((run_dir / "result.json").read_text())["digests"].values())
+    assert len(digests) == 1
+    return str(digests.pop())
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "direct"])
+def test_a_barrier_stage_gives_the_parameters_of_local_mode(
+    spark: Any, reference: Path, data: Path, tmp_path: Path, launcher: str
+) -> None:
+    argv = tiny_argv(data, tmp_path / "run", "--launch.mode", "executors", "--launch.launcher", launcher)
+    result = driver.run(spark, cli.parse(RunConfig, argv))
+    assert result.digest == digest_of(reference)
+
+
+def test_torchrun_by_hand_gives_the_parameters_of_the_spark_run(reference: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(reference), str(run_dir)], check=True)
+    directory = RunDir(run_dir)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, "-m", "sparktrain.worker", str(run_dir)], check=True, cwd=ROOT)
+    outcomes = directory.outcomes(2)
+    assert [type(o) for o in outcomes] == [RankResult, RankResult]
+    assert {o.digest for o in outcomes if isinstance(o, RankResult)} == {digest_of(reference)}
+    assert not (run_dir / "LOCK").exists()
+
+
+def test_executors_of_their_own_give_the_parameters_of_local_mode(reference: Path, data: Path, tmp_path: Path) -> None:
+    command = [*SUBMIT, "--master", "local-cluster[2,1,2048]", str(ROOT / "jobs" / "train.py")]
+    argv = tiny_argv(data, tmp_path / "run", "--data.heldout", str(data / "heldout"))
+    done = subprocess.run([*command, *argv], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr  # spark-submit hands the driver's stderr on as its own stdout
+    assert digest_of(tmp_path / "run") == digest_of(reference)
+    assert "[rank 0 " in done.stdout
+    assert "step 6/6  loss " in done.stdout
+
+
+def test_the_result_is_written_and_read_back(spark: Any, reference: Path, data: Path) -> None:
+    result = RunDir(reference).finished()
+    assert result is not None
+    summary = json.loads((reference / "result.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["tokens"] == 6 * 8 * 32
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
+    assert summary["payload_bytes"] == 6 * 4 * summary["num_parameters"]
+    assert result.metrics["step"].tolist() == list(range(6))
+    frame = result.metrics_frame(spark)
+    assert frame.count() == 6
+    assert frame.toPandas()["loss"].tolist() == result.metrics["loss"].tolist()
+    again = driver.run(spark, cli.parse(RunConfig, tiny_argv(data, reference, "--data.heldout", str(data / "heldout"))))
+    assert again == result  # a finished run is read, not trained again
+    assert RunDir(reference).latest_generation() == 1
+
+
+def test_the_model_opens_anywhere_and_gives_the_loss_that_was_measured(reference: Path) -> None:
+    directory = RunDir(reference)
+    model = AutoModelForCausalLM.from_pretrained(reference / "model").eval()
+    result, config, spec = directory.finished(), directory.config(), directory.plan_spec()
+    assert result is not None
+    assert spec is not None
+    with torch.no_grad():
+        batch = next(iter(Batches(directory, spec, 0, 1)))
+        loss = float(token_losses(model, batch)) / spec.target_tokens_per_step
+        inputs, labels = batch[:, :-1].reshape(-1, 32), batch[:, 1:].reshape(-1, 32)
+        logits = model(inputs).logits
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())))
+    assert loss < result.metrics["loss"][0]
+    assert config.run.dir == reference
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(spark: Any, data: Path, tmp_path: Path, job: Any) -> None:
+    code, out, _ = job("train", *tiny_argv(data, tmp_path / "run"), "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "run").exists()
+    for part in (
+        "48 rows: 6 steps of 8 sequences, 1,536 tokens",
+        "adamw: payload ",
+        "distro: payload ",
+        "microshard_id",
+    ):
+        assert part in out
+
+
+@pytest.mark.parametrize("mode", ["local", "executors"])
+def test_a_rank_that_raises_ends_the_run_with_its_own_words(spark: Any, tmp_path: Path, mode: str) -> None:
+    write_shards(tmp_path / "train")
+    argv = tiny_argv(tmp_path, tmp_path / "run", "--launch.mode", mode)
+    config = preflight.resolve(spark, cli.parse(RunConfig, argv))
+    directory = RunDir(config.run.dir)
+    with directory.lock():
+        prepared = driver._prepare(spark, config)
+        directory.claim(config)
+        planner.write_plan(spark, prepared.spec, directory)
+    # The last shard that rank 1 alone reads in the first step loses its end after the plan was made.
+    rows = plan.rows(prepared.spec, 0, 8)
+    victim = max(rows[4:], key=lambda row: (row.path not in {r.path for r in rows[:4]}, row.start))
+    os.truncate(victim.path, 2 * victim.start + 2)
+    went_wrong = {0 if row.slot < 4 else 1 for row in rows if row.path == victim.path and row.start >= victim.start}
+    job = task.Job(str(directory.path), directory.new_generation(), "test", preflight.import_path(), 1, "torchrun")
+    began = time.monotonic()
+    with pytest.raises(LaunchError) as caught:
+        launch.launch(spark, job, 2, mode == "local", use_gpu=False)
+    assert time.monotonic() - began < 60
+    assert str(caught.value).startswith(tuple(f"rank {rank} on " for rank in went_wrong))
+    assert f"failed: DataError: shard {victim.path} ends at byte {2 * victim.start + 2}, expected at least" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+    wait_until_gone(directory.path, 5)
+
+
+@pytest.fixture
+def long_run(data: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start jobs/train.py in a process of its own, on a run that would take minutes; returns once it trains."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(mode: str) -> subprocess.Popen[str]:
+        argv = tiny_argv(data, tmp_path / "run", "--launch.mode", mode, "--train.steps", "100000")
+        command = [*SUBMIT, "--master", "local[2]", str(ROOT / "jobs" / "train.py"), *argv]
+        child = subprocess.Popen(
+            command,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(child)
+        assert child.stdout is not None
+        for line in child.stdout:
+            if "step 4/" in line:
+                return child
+        raise AssertionError("it ended before it trained")
+
+    yield start
+    for child in started:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
+    """Rank processes of a run, by rank."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            if str(run_dir) in command and "sparktrain.worker" in command and "torch.distributed.run" not in command:
+                found[int(process.environ()["RANK"])] = process
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until_gone(run_dir: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while ranks_of(run_dir):
+        assert time.monotonic() < deadline, f"ranks are left: {ranks_of(run_dir)}"
+        time.sleep(0.1)
+
+
+def end_of(child: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
+    """Exit code and error line of a job that must end by itself in so many seconds."""
+    out, _ = child.communicate(timeout=seconds)
+    lines = [line for line in out.splitlines() if line.startswith(("error: ", "interrupted"))]
+    return child.returncode, lines[-1] if lines else out
+
+
+@pytest.mark.parametrize("mode", ["local", "executors"])
+def test_a_killed_rank_ends_the_run_and_is_named(long_run: Any, tmp_path: Path, mode: str) -> None:
+    child = long_run(mode)
+    ranks_of(tmp_path / "run")[1].kill()
+    code, line = end_of(child, 30)
+    assert code == 7
+    assert line.startswith("error: rank 1 on ")
+    assert "was ended by SIGKILL (killed from outside, often for lack of memory: lower train.micro_batch)" in line
+    wait_until_gone(tmp_path / "run", 5)
+    assert not (tmp_path / "run" / "LOCK").exists()
+
+
+@pytest.mark.parametrize("mode", ["local", "executors"])
+def test_ctrl_c_stops_the_ranks(long_run: Any, tmp_path: Path, mode: str) -> None:
+    child = long_run(mode)
+    began = time.monotonic()
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
+    wait_until_gone(tmp_path / "run", 6)
+    code, line = end_of(child, 30)
+    assert time.monotonic() - began < 30
+    assert (code, line) == (130, "interrupted")
+    assert not (tmp_path / "run" / "LOCK").exists()
+
+
+def test_ranks_do_not_outlive_a_killed_torchrun(long_run: Any, tmp_path: Path) -> None:
+    child = long_run("local")
+    agent = ranks_of(tmp_path / "run")[0].parent()
+    assert agent is not None
+    agent.kill()
+    wait_until_gone(tmp_path / "run", 5)
+    assert end_of(child, 30)[0] == 7
+
+
+def test_ranks_do_not_outlive_a_killed_driver(long_run: Any, tmp_path: Path) -> None:
+    child = long_run("executors")
+    for process in psutil.Process(child.pid).children(recursive=True) + [psutil.Process(child.pid)]:
+        if "jobs/train.py" in " ".join(process.cmdline()):
+            process.kill()
+    wait_until_gone(tmp_path / "run", 5)
