@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,9 @@ def long_run(data: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.
     """Start jobs/train.py in a process of its own, on a run that would take minutes; returns once it trains."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(mode: str) -> subprocess.Popen[str]:
+    def start(mode: str, submit: Sequence[str] = (*SUBMIT, "--master", "local[2]")) -> subprocess.Popen[str]:
         argv = tiny_argv(data, tmp_path / "run", "--launch.mode", mode, "--train.steps", "100000")
-        command = [*SUBMIT, "--master", "local[2]", str(ROOT / "jobs" / "train.py"), *argv]
+        command = [*submit, str(ROOT / "jobs" / "train.py"), *argv]
         child = subprocess.Popen(
             command,
             env=ENVIRONMENT,
@@ -226,14 +226,17 @@ def test_a_killed_rank_ends_the_run_and_is_named(long_run: Any, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("mode", ["local", "executors"])
-def test_ctrl_c_stops_the_ranks(long_run: Any, tmp_path: Path, mode: str) -> None:
-    child = long_run(mode)
-    began = time.monotonic()
+@pytest.mark.parametrize(
+    "submit", [(sys.executable,), (*SUBMIT, "--master", "local[2]")], ids=["python", "spark-submit"]
+)
+def test_ctrl_c_stops_the_ranks(long_run: Any, tmp_path: Path, mode: str, submit: Sequence[str]) -> None:
+    child = long_run(mode, submit)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
     wait_until_gone(tmp_path / "run", 6)
-    code, line = end_of(child, 30)
-    assert time.monotonic() - began < 30
-    assert (code, line) == (130, "interrupted")
+    code, line = end_of(child, 20)
+    assert code == 130
+    if submit == (sys.executable,):  # under spark-submit the JVM, which carries the driver's output, may go first
+        assert line == "interrupted"
     assert not (tmp_path / "run" / "LOCK").exists()
 
 
