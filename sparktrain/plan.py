@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sparktrain.tokens import Shard
+from sparktrain.tokens.shard import Shard
 
 Ints = npt.NDArray[np.int64]
 
@@ -124,6 +124,15 @@ def rows(spec: PlanSpec, first_pos: int, last_pos: int) -> list[Assignment]:
         Assignment(step, slot, p, epoch, m, spec.shards[s].path, first, length)
         for step, slot, p, epoch, m, s, first in zip(*(c.tolist() for c in columns), strict=True)
     ]
+
+
+def spread_windows(shards: list[Shard], sequence_length: int, limit: int) -> list[tuple[Shard, int]]:
+    """At most ``limit`` windows over ``shards``, evenly spaced: the same for every rank and number of ranks."""
+    spec = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0)
+    chosen = np.unique(np.linspace(0, spec.num_microshards - 1, min(limit, spec.num_microshards)).astype(np.int64))
+    which = np.searchsorted(spec.first_microshards, chosen, side="right") - 1
+    starts = (chosen - spec.first_microshards[which]) * sequence_length
+    return [(shards[s], int(start)) for s, start in zip(which.tolist(), starts.tolist(), strict=True)]
 
 
 def round_keys(seed: int, epoch: int, rounds: int = ROUNDS) -> list[int]:

@@ -12,7 +12,7 @@ from sparktrain import plan, tokens
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec
 from sparktrain.rundir import RunDir
-from sparktrain.train.batches import Batches, spread_windows
+from sparktrain.train.batches import Batches
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_plan_with_a_row_missing_is_refused(planned: tuple[RunDir, PlanSpec]) 
 
 def test_heldout_windows_are_spread_over_all_shards(data: Path) -> None:
     shards = [tokens.inspect(path) for path in tokens.find_shards(data / "train")]
-    windows = spread_windows(shards, 32, 12)
+    windows = plan.spread_windows(shards, 32, 12)
     assert len(windows) == 12
     assert {shard for shard, _ in windows} == set(shards)
-    assert len(spread_windows(shards, 32, 10**6)) == 3 * 124
+    assert len(plan.spread_windows(shards, 32, 10**6)) == 3 * 124

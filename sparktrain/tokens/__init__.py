@@ -14,7 +14,7 @@ from sparktrain.errors import DataError
 from sparktrain.tokens import ds
 from sparktrain.tokens.shard import Shard
 
-__all__ = ["FORMATS", "Shard", "TokenFile", "find_shards", "inspect"]
+__all__ = ["FORMATS", "Shard", "TokenFile", "find_shards", "inspect", "read_windows"]
 
 FORMATS: dict[str, Callable[[str], Shard]] = {
     ".ds": ds.inspect,
@@ -59,6 +59,14 @@ class TokenFile:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def read_windows(windows: list[tuple[TokenFile, int]], sequence_length: int) -> npt.NDArray[np.int64]:
+    """``[len(windows), S+1]`` tokens of the windows that start at the given token of the given files."""
+    out = np.empty((len(windows), sequence_length + 1), dtype=np.int64)
+    for i, (file, start) in enumerate(windows):
+        out[i] = file.read(start, sequence_length + 1)
+    return out
 
 
 def _suffixes() -> str:

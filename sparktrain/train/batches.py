@@ -6,14 +6,13 @@ Shapes: B_ = sequences of this rank in a step, S = sequence length.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pyarrow.dataset as pads
 import torch
 
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, rows, slots_of
 from sparktrain.rundir import RunDir
-from sparktrain.tokens import Shard, TokenFile
+from sparktrain.tokens import TokenFile, read_windows
 
 # Steps whose rows are taken from the plan's Parquet files at a time: one read of a row group's statistics each.
 _PLAN_WINDOW = 512
@@ -73,26 +72,10 @@ class Batches:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
 
     def _read(self, assignments: list[Assignment]) -> torch.Tensor:
-        return read_windows([(self._token_file(a.path), a.start) for a in assignments], self._spec.sequence_length)
+        windows = [(self._token_file(a.path), a.start) for a in assignments]
+        return torch.from_numpy(read_windows(windows, self._spec.sequence_length))
 
     def _token_file(self, path: str) -> TokenFile:
         if path not in self._open:
             self._open[path] = TokenFile(self._files[path])
         return self._open[path]
-
-
-def read_windows(windows: list[tuple[TokenFile, int]], sequence_length: int) -> torch.Tensor:
-    """``[len(windows), S+1]`` int64 tokens of the windows that start at the given token of the given files."""
-    out = np.empty((len(windows), sequence_length + 1), dtype=np.int64)
-    for i, (file, start) in enumerate(windows):
-        out[i] = file.read(start, sequence_length + 1)
-    return torch.from_numpy(out)
-
-
-def spread_windows(shards: list[Shard], sequence_length: int, limit: int) -> list[tuple[Shard, int]]:
-    """At most ``limit`` windows over ``shards``, evenly spaced: the same for every rank and number of ranks."""
-    spec = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0)
-    chosen = np.unique(np.linspace(0, spec.num_microshards - 1, min(limit, spec.num_microshards)).astype(np.int64))
-    which = np.searchsorted(spec.first_microshards, chosen, side="right") - 1
-    starts = (chosen - spec.first_microshards[which]) * sequence_length
-    return [(shards[s], int(start)) for s, start in zip(which.tolist(), starts.tolist(), strict=True)]

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from sparktrain import tokens
 from sparktrain.config import RunConfig
-from sparktrain.plan import slots_of
-from sparktrain.train.batches import read_windows, spread_windows
+from sparktrain.plan import slots_of, spread_windows
 from sparktrain.train.world import World
 
 
@@ -37,8 +36,8 @@ def heldout_loss(model: PreTrainedModel, config: RunConfig, world: World) -> flo
     model.eval()  # type: ignore[no-untyped-call]
     total = 0.0
     for i in range(0, len(mine), config.train.micro_batch):
-        batch = read_windows(mine[i : i + config.train.micro_batch], config.data.sequence_length)
-        total += float(token_losses(model, batch.to(world.device), config.train.autocast))
+        batch = tokens.read_windows(mine[i : i + config.train.micro_batch], config.data.sequence_length)
+        total += float(token_losses(model, torch.from_numpy(batch).to(world.device), config.train.autocast))
     model.train()
     for file in files.values():
         file.close()

@@ -6,18 +6,36 @@ from threading import Thread
 from typing import Any
 
 import torch
+from pydantic import Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
+from sparktrain.config import Section
 from sparktrain.errors import ModelError
 
 
-def generate(
-    path: Path, prompt: str, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 50, seed: int = 0
-) -> Iterator[str]:
-    """Pieces of text as they are sampled after ``prompt``, which comes first; greedy at ``temperature`` 0.
+class Generate(Section):
+    """Sample text from a run or a model directory."""
 
-    Raises :class:`ModelError` where ``path`` holds no finished run and no model directory, or no tokenizer.
+    model: Path
+    """Run directory, or any Hugging Face model directory with a tokenizer."""
+    prompt: str
+    """Text to go on from."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Tokens to add, as far as the model's positions reach."""
+    temperature: float = Field(0.8, ge=0)
+    """Sampling temperature; 0: always the likeliest token."""
+    top_k: int = Field(50, ge=1)
+    """Sample among the likeliest so many tokens."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+def generate(settings: Generate) -> Iterator[str]:
+    """Pieces of text as they are sampled after the prompt, which comes first.
+
+    Raises :class:`ModelError` where ``settings.model`` holds no finished run and no model directory, or no tokenizer.
     """
+    path = settings.model
     directory = path / "model" if (path / "model" / "config.json").exists() else path
     for needed, what in (("config.json", "no finished run and no model directory"), ("tokenizer.json", "no tokenizer")):
         if not (directory / needed).exists():
@@ -26,14 +44,14 @@ def generate(
             )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True).eval()  # type: ignore[no-untyped-call]
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     streamer = TextIteratorStreamer(tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if settings.temperature > 0:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
+    inputs = tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
-    options = {**inputs, **sampling, "streamer": streamer, "max_new_tokens": min(max_new_tokens, room)}
+    options = {**inputs, **sampling, "streamer": streamer, "max_new_tokens": min(settings.max_new_tokens, room)}
     thread = Thread(target=model.generate, kwargs=options, daemon=True)
     thread.start()
     yield from streamer
