@@ -8,6 +8,7 @@ Layout as written by datatrove's ``DocumentTokenizer`` (github.com/huggingface/d
 """
 
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def write(path: Path, documents: Iterable[npt.NDArray[np.int64]], vocab_size: in
     is repeated writes the same bytes again.
     """
     token_size = token_size_for(vocab_size)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     ends, total = [], 0
     with open(temporary, "wb") as file:
         for ids in documents:
@@ -82,9 +83,14 @@ def _read_metadata(path: str) -> tuple[int, int | None]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    # Not by process id: attempts of one task on two machines, in containers above all, may have the same.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _humanize(count: float) -> str:
