@@ -26,13 +26,17 @@ def _text(i: int) -> str:
     return f"def function_{i}(value):\n    return value + {i}\n" * (1 + i % 7)
 
 
+def _documents() -> dict[str, str]:
+    documents = {f"package/module_{i}.py": _text(i) for i in range(54)}
+    documents |= {f"odd {i} %20é.py": odd for i, odd in enumerate(ODD_TEXTS)}
+    return documents | {name: name for name in ("package/__init__.py", "_private.py", ".hidden/.dot.py")}
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """63 documents, one empty file, one that is Latin-1, and files to leave out."""
+    """63 documents, an empty file, one in Latin-1, and files to leave out."""
     root = tmp_path_factory.mktemp("text")
-    files = {f"package/module_{i}.py": _text(i).encode() for i in range(54)}
-    files |= {f"odd {i} %20é.py": odd.encode() for i, odd in enumerate(ODD_TEXTS)}
-    files |= {name: name.encode() for name in ("package/__init__.py", "_private.py", ".hidden/.dot.py")}
+    files = {name: text.encode() for name, text in _documents().items()}
     files |= {"empty.py": b"", "latin.py": "naïve".encode("latin-1")}
     files |= {"site-packages/dependency.py": b"no", "notes.txt": b"no"}
     for name, content in files.items():
@@ -55,7 +59,7 @@ def _digests(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _documents(shard: str, tokenizer: TextTokenizer) -> list[str]:
+def _texts(shard: str, tokenizer: TextTokenizer) -> list[str]:
     """Texts of a shard, read the way datatrove does: by the exclusive ends in its index."""
     size = ds.inspect(shard).token_size
     ids = np.fromfile(shard, f"<u{size}").astype(np.int64)
@@ -66,22 +70,16 @@ def _documents(shard: str, tokenizer: TextTokenizer) -> list[str]:
     return [tokenizer.decode(ids[start : end - 1]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def test_every_document_is_written_once_with_its_text_unchanged(made: directory.TokenDir, text: Path) -> None:
-    tokenizer = load(made.path / "tokenizer")
-    train = [_documents(shard, tokenizer) for shard in find_shards(made.path / "train")]
-    (heldout,) = [_documents(shard, tokenizer) for shard in find_shards(made.path / "heldout")]
-    expected = [_text(i) for i in range(54)] + ODD_TEXTS + ["package/__init__.py", "_private.py", ".hidden/.dot.py"]
-    assert sorted(sum(train, heldout)) == sorted(expected)
-    assert [len(documents) for documents in train] == [19, 19, 19]
-    assert len(heldout) == 6
-    counts = made.manifest["documents"]
-    assert counts == {
-        "train": 57,
-        "heldout": 6,
-        "empty": 1,
-        "not_utf8": 1,
-        "bytes": sum(len(document.encode()) for document in expected),
-    }
+def test_every_document_is_written_once_in_the_splits_order_with_its_text_unchanged(made: directory.TokenDir) -> None:
+    documents, tokenizer = _documents(), load(made.path / "tokenizer")
+    split = corpus.split(list(documents), seed=0, heldout_fraction=0.1, shards=3)
+    assert sorted(split.train + split.heldout) == sorted(documents)
+    for shard, path in enumerate(find_shards(made.path / "train")):
+        assert _texts(path, tokenizer) == [documents[name] for name in split.train[shard::3]]
+    (heldout,) = find_shards(made.path / "heldout")
+    assert _texts(heldout, tokenizer) == [documents[name] for name in split.heldout]
+    size = sum(len(text.encode()) for text in documents.values())
+    assert made.manifest["documents"] == {"train": 57, "heldout": 6, "empty": 1, "not_utf8": 1, "bytes": size}
 
 
 def test_the_manifest_and_the_side_files_say_what_is_in_the_shards(made: directory.TokenDir) -> None:

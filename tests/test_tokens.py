@@ -35,6 +35,14 @@ def test_two_attempts_at_one_shard_do_not_take_each_others_file(tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ds", "a.ds.index", "a.ds.metadata"]
 
 
+@pytest.mark.parametrize(
+    ("tokens_", "said"), [(6, "6.00 T"), (999, "999 T"), (1000, "1.00 kT"), (12345, "12.3 kT"), (999_999, "1.00 MT")]
+)
+def test_the_metadata_counts_for_people_as_datatrove_does(tmp_path: Path, tokens_: int, said: str) -> None:
+    ds.write(tmp_path / "a.ds", [np.zeros(tokens_, dtype=np.int64)], 10, "tok")
+    assert (tmp_path / "a.ds.metadata").read_text().splitlines()[2] == said
+
+
 def test_any_window_can_be_read(tmp_path: Path) -> None:
     file = TokenFile(ds.write(tmp_path / "a.ds", [np.arange(100)], 1000, "tok"))
     assert file.read(0, 100).tolist() == list(range(100))

@@ -132,8 +132,8 @@ def _write_shards(
     partitions: int,
 ) -> list[dict[str, Any]]:
     """Encode and write ``shards`` (relative path to names of documents, in order); returns their manifest entries."""
-    # Places before shards, so that every piece of the work feeds all shards alike.
-    documents = sorted((i, shard, name) for shard, names in enumerate(shards.values()) for i, name in enumerate(names))
+    # By name: a task reads neighbouring files, and its tokens go to all shards alike.
+    documents = sorted((name, shard, i) for shard, names in enumerate(shards.values()) for i, name in enumerate(names))
     files = context.broadcast(chosen.files)
     # datatrove names the tokenizer by its path here, which would make the bytes depend on where it lies.
     write = partial(_write, output, list(shards), chosen.vocab_size, f"sha256:{chosen.sha256}")
@@ -149,12 +149,12 @@ def _write_shards(
 
 
 def _encode(
-    source: str, files: Broadcast[dict[str, bytes]], documents: Iterable[tuple[int, int, str]]
+    source: str, files: Broadcast[dict[str, bytes]], documents: Iterable[tuple[str, int, int]]
 ) -> Iterator[tuple[tuple[int, int], bytes]]:
     """((shard, place), token ids in the shard's bytes) of each document."""
     chosen = TextTokenizer(files.value)
     token_type = f"<u{ds.token_size_for(chosen.vocab_size)}"
-    for place, shard, name in documents:
+    for name, shard, place in documents:
         yield (shard, place), chosen.encode(corpus.read(source, name)).astype(token_type).tobytes()
 
 

@@ -2,7 +2,7 @@
 
 ``X.ds``           tokens, little-endian uint16 or uint32, no header
 ``X.ds.index``     uint64 little-endian per document: its exclusive end, in tokens
-``X.ds.metadata``  text: ``tokenizer|token_size``, token count, the same for people (``1.23 M``)
+``X.ds.metadata``  text: ``tokenizer|token_size``, token count, the same for people (``1.23 MT``)
 
 Layout as written by datatrove's ``DocumentTokenizer`` (github.com/huggingface/datatrove).
 """
@@ -93,9 +93,9 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def _humanize(count: float) -> str:
-    for unit in ("", "K", "M", "B"):
-        if count < 1000:
-            return f"{count:.2f} {unit}T" if not unit else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} T"
+def _humanize(count: int) -> str:
+    """Three digits and an SI prefix, as datatrove's ``humanize.metric(count, unit="T")``."""
+    count = round(count, 3 - len(str(count)))
+    exponent = len(str(count)) - 1
+    prefix = ("", "k", "M", "G", "T", "P")[exponent // 3]
+    return f"{count / 1000 ** (exponent // 3):.{2 - exponent % 3}f} {prefix}T"
