@@ -1,5 +1,6 @@
 """Token shards: what is written is read, and what is no shard is named."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,25 @@ def test_a_shard_has_datatroves_bytes(tmp_path: Path, vocab: int, size: int) -> 
     assert (tmp_path / "a.ds.index").read_bytes() == (4).to_bytes(8, "little") + (6).to_bytes(8, "little")
     assert (tmp_path / "a.ds.metadata").read_text().splitlines()[:2] == [f"tok|{size}", "6"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ds", "a.ds.index", "a.ds.metadata"]
+
+
+def test_two_attempts_at_one_shard_do_not_take_each_others_file(tmp_path: Path) -> None:
+    def documents() -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
+        yield np.arange(5)
+        ds.write(tmp_path / "a.ds", [np.arange(5), np.arange(3)], 10, "tok")  # another attempt, faster than this one
+        yield np.arange(3)
+
+    assert ds.write(tmp_path / "a.ds", documents(), 10, "tok") == ds.inspect(str(tmp_path / "a.ds"))
+    assert (tmp_path / "a.ds").stat().st_size == 2 * 8
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ds", "a.ds.index", "a.ds.metadata"]
+
+
+@pytest.mark.parametrize(
+    ("tokens_", "said"), [(6, "6.00 T"), (999, "999 T"), (1000, "1.00 kT"), (12345, "12.3 kT"), (999_999, "1.00 MT")]
+)
+def test_the_metadata_counts_for_people_as_datatrove_does(tmp_path: Path, tokens_: int, said: str) -> None:
+    ds.write(tmp_path / "a.ds", [np.zeros(tokens_, dtype=np.int64)], 10, "tok")
+    assert (tmp_path / "a.ds.metadata").read_text().splitlines()[2] == said
 
 
 def test_any_window_can_be_read(tmp_path: Path) -> None:

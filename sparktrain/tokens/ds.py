@@ -2,12 +2,13 @@
 
 ``X.ds``           tokens, little-endian uint16 or uint32, no header
 ``X.ds.index``     uint64 little-endian per document: its exclusive end, in tokens
-``X.ds.metadata``  text: ``tokenizer|token_size``, token count, the same for people (``1.23 M``)
+``X.ds.metadata``  text: ``tokenizer|token_size``, token count, the same for people (``1.23 MT``)
 
 Layout as written by datatrove's ``DocumentTokenizer`` (github.com/huggingface/datatrove).
 """
 
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def write(path: Path, documents: Iterable[npt.NDArray[np.int64]], vocab_size: in
     is repeated writes the same bytes again.
     """
     token_size = token_size_for(vocab_size)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     ends, total = [], 0
     with open(temporary, "wb") as file:
         for ids in documents:
@@ -82,14 +83,19 @@ def _read_metadata(path: str) -> tuple[int, int | None]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_bytes(content)
     temporary.replace(path)
 
 
-def _humanize(count: float) -> str:
-    for unit in ("", "K", "M", "B"):
-        if count < 1000:
-            return f"{count:.2f} {unit}T" if not unit else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} T"
+def _temporary(path: Path) -> Path:
+    # Not by process id: attempts of one task on two machines, in containers above all, may have the same.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _humanize(count: int) -> str:
+    """Three digits and an SI prefix, as datatrove's ``humanize.metric(count, unit="T")``."""
+    count = round(count, 3 - len(str(count)))
+    exponent = len(str(count)) - 1
+    prefix = ("", "k", "M", "G", "T", "P")[exponent // 3]
+    return f"{count / 1000 ** (exponent // 3):.{2 - exponent % 3}f} {prefix}T"
