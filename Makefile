@@ -16,7 +16,7 @@ TRAIN_ARGS ?=
 quickstart: java $(VENV)/.installed
 	$(SUBMIT) jobs/tokenize.py conf/tokenize.toml
 	$(SUBMIT) jobs/train.py conf/quickstart.toml --run.dir $(RUN) $(TRAIN_ARGS)
-	$(BIN)/python jobs/generate.py --model $(RUN) --prompt "def "
+	$(BIN)/python jobs/generate.py --model $(RUN) --prompt "def test_" --temperature 0.7 --seed 1
 
 test: java lint
 	$(BIN)/pytest

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -97,6 +98,7 @@ def spark() -> Iterator[Any]:
     """A ``local[2]`` session shared by all tests of a process."""
     from pyspark.sql import SparkSession
 
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     session = (
         SparkSession.builder.master("local[2]")
         .appName("sparktrain tests")

@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 
+from pyspark import SparkConf
 from pyspark.sql import SparkSession
 
 from sparktrain.errors import ConfigError
@@ -28,6 +30,9 @@ def session(name: str) -> Iterator[SparkSession]:
         yield active
         return
     _check_java()
+    if SparkConf().get("spark.master", "local").startswith("local"):
+        # Without it Spark takes the first python3 of the PATH, which need not be the one that runs this.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = SparkSession.builder.appName(name).getOrCreate()
     try:
         yield spark

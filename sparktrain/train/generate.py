@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers.utils import logging as transformers_logging
 
 from sparktrain.config import Section
 from sparktrain.errors import ModelError
@@ -42,6 +43,7 @@ def generate(settings: Generate) -> Iterator[str]:
             raise ModelError(
                 f"{path} holds {what}: expected {directory / needed}; give a finished run or a model directory"
             )
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True).eval()  # type: ignore[no-untyped-call]
     torch.manual_seed(settings.seed)
