@@ -1,0 +1,117 @@
+"""The loop: what it computes does not depend on how the batch is cut, over ranks or micro-batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparktrain import cli, plan, tokens
+from sparktrain.config import RunConfig, Train
+from sparktrain.plan import PlanSpec
+from sparktrain.results import StepRecord
+from sparktrain.rundir import RunDir
+from sparktrain.train import loop, models
+from sparktrain.train.evaluate import token_losses
+from sparktrain.train.strategies import STRATEGIES
+from sparktrain.train.world import World
+from tests.conftest import tiny_argv
+
+
+@pytest.fixture
+def trained(on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path) -> Callable[..., list[Any]]:
+    """``trained(world, *flags)``: [(records, digest) of each rank] of a run of 6 steps of 8 sequences."""
+    shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
+    spec = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5)
+    directory = RunDir(tmp_path)
+    directory.plan.mkdir()
+    rows = [row._asdict() for row in plan.rows(spec, 0, spec.num_positions)]
+    pq.write_table(pa.Table.from_pylist(rows), directory.plan / "part-0.parquet")
+
+    def rank(rank: int, size: int, config: RunConfig) -> tuple[list[StepRecord], str]:
+        world = World(rank, size, torch.device("cpu"), "host")
+        model = models.build(config, world)
+        kind = STRATEGIES[config.strategy.kind]
+        strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer)
+        return list(loop._steps(directory, config, spec, world, model, strategy)), models.digest(model)
+
+    def run(world: int, *flags: str) -> list[Any]:
+        return on_ranks(world, rank, cli.parse(RunConfig, tiny_argv(data, tmp_path / "run", *flags)))
+
+    return run
+
+
+def losses(ranks: list[Any]) -> list[float]:
+    """Loss of each step, over all ranks."""
+    steps = zip(*(records for records, _ in ranks), strict=True)
+    return [sum(r.loss_sum for r in records) / sum(r.tokens for r in records) for records in steps]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_has_the_losses_of_one(trained: Callable[..., list[Any]], world: int) -> None:
+    alone, together = trained(1), trained(world)
+    assert losses(together) == pytest.approx(losses(alone), rel=2e-5)
+    assert len({digest for _, digest in together}) == 1
+    norms = [[record.grad_norm for record in records] for records, _ in together]
+    assert norms[0] == norms[-1] == pytest.approx([record.grad_norm for record in alone[0][0]], rel=1e-3)
+
+
+def test_the_size_of_micro_batches_does_not_matter(trained: Callable[..., list[Any]]) -> None:
+    whole, pieces = trained(1, "--train.micro-batch", "8"), trained(1, "--train.micro-batch", "1")
+    assert losses(pieces) == pytest.approx(losses(whole), rel=2e-5)
+
+
+def test_fp32_accumulation_loses_nothing_of_bf16_gradients(data: Path, tmp_path: Path) -> None:
+    """64 micro-batches of one sequence: a sum in bf16 forgets each that is under 1/256 of it."""
+    model = AutoModelForCausalLM.from_config(
+        models.model_config(cli.parse(RunConfig, tiny_argv(data, tmp_path))), dtype=torch.bfloat16
+    )
+    batch = torch.randint(0, 512, (64, 33), generator=torch.Generator().manual_seed(0))
+    parameters = list(model.parameters())
+    exact = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for one in batch.split(1):
+        model.zero_grad()
+        (token_losses(model, one) / 2048).backward()
+        for total, parameter in zip(exact, parameters, strict=True):
+            assert parameter.grad is not None
+            total += parameter.grad
+
+    def error(accumulate_fp32: bool) -> float:
+        settings = Train(total_batch=64, micro_batch=1, accumulate_fp32=accumulate_fp32)
+        loop._accumulate_gradients(model, batch, 1 / 2048, settings)
+        pairs = zip(exact, parameters, strict=True)
+        return sum(float((p.grad.double() - e).square().sum()) for e, p in pairs if p.grad is not None) ** 0.5
+
+    assert error(True) < error(False) / 2
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported(trained: Callable[..., list[Any]]) -> None:
+    free, clipped = trained(2, "--train.max-grad-norm", "0"), trained(2, "--train.max-grad-norm", "0.01")
+    assert free[0][0][0].grad_norm == clipped[0][0][0].grad_norm > 0.01
+    assert free[0][1] != clipped[0][1]
+
+
+def test_distro_learns_with_equal_parameters_on_all_ranks(trained: Callable[..., list[Any]]) -> None:
+    flags = ("--strategy.kind", "distro", "--strategy.compression-decay", "0.9", "--optimizer.lr", "2e-3")
+    ranks = trained(3, *flags)
+    assert len({digest for _, digest in ranks}) == 1
+    assert losses(ranks)[-1] < losses(ranks)[0] - 0.05
+    assert 0 < sum(r.payload_bytes for r in ranks[0][0]) < sum(r.payload_bytes for r in trained(3)[0][0]) / 10
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(trained: Callable[..., list[Any]]) -> None:
+    first, second = trained(2), trained(2)
+    assert [digest for _, digest in first] == [digest for _, digest in second]
+    assert losses(first) == losses(second)
+
+
+def test_every_second_is_accounted_for(trained: Callable[..., list[Any]]) -> None:
+    for record in trained(2)[1][0]:
+        parts = record.data_seconds + record.compute_seconds + record.communication_seconds
+        assert parts == pytest.approx(record.seconds)
+        assert min(record.data_seconds, record.compute_seconds, record.communication_seconds) >= 0
+        assert record.tokens == 4 * 32
