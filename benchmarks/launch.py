@@ -56,7 +56,9 @@ def launchers(spark: SparkSession, directory: RunDir) -> dict[str, Callable[[], 
     def ours(mode: str, launcher: str) -> Callable[[], object]:
         def start() -> None:
             number = directory.new_generation()
-            job = task.Job(str(directory.path), number, "bench", preflight.import_path(), 1, launcher)
+            job = task.Job(
+                str(directory.path), str(directory.logs(number)), number, "bench", preflight.import_path(), 1, launcher
+            )
             launch.launch(spark, job, 2, mode == "local", use_gpu=False)
 
         return start

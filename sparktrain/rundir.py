@@ -10,6 +10,7 @@
     gen/000001/          driver   one attempt; made by an atomic mkdir
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
+      logs/              torchrun what each rank printed
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
     result.json          driver   the summary; written last, so a run without it is not finished
@@ -136,6 +137,9 @@ class RunDir:
 
     def generation(self, number: int) -> Path:
         return self.path / "gen" / f"{number:06d}"
+
+    def logs(self, number: int) -> Path:
+        return self.generation(number) / "logs"
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
         _write_json(self.path / "plan.json", spec.to_json())

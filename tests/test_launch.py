@@ -143,7 +143,9 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_words(spark: Any, tmp_path
     victim = max(rows[4:], key=lambda row: (row.path not in {r.path for r in rows[:4]}, row.start))
     os.truncate(victim.path, 2 * victim.start + 2)
     went_wrong = {0 if row.slot < 4 else 1 for row in rows if row.path == victim.path and row.start >= victim.start}
-    job = task.Job(str(directory.path), directory.new_generation(), "test", preflight.import_path(), 1, "torchrun")
+    number = directory.new_generation()
+    logs = str(directory.logs(number))
+    job = task.Job(str(directory.path), logs, number, "test", preflight.import_path(), 1, "torchrun")
     began = time.monotonic()
     with pytest.raises(LaunchError) as caught:
         launch.launch(spark, job, 2, mode == "local", use_gpu=False)

@@ -100,9 +100,11 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:
     local = config.launch.mode == "local"
+    generation = directory.new_generation()
     job = task.Job(
         run_dir=str(directory.path),
-        generation=directory.new_generation(),
+        log_dir=str(directory.logs(generation)),
+        generation=generation,
         run_id=directory.run_id(),
         import_path=preflight.import_path(),
         threads=config.launch.threads,

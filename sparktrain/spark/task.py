@@ -8,15 +8,16 @@ does not find them. So this module imports the standard library at the top and e
 import collections
 import ctypes
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -33,12 +34,14 @@ class Job:
     """What a task needs to know to start its ranks.
 
     Args:
+        log_dir: where torchrun keeps the lines of each rank.
         import_path: the driver's ``sys.path``: ranks look there after what the executor has.
         threads: CPU threads per rank.
         grace: seconds ranks have to end after SIGTERM before they are killed.
     """
 
     run_dir: str
+    log_dir: str
     generation: int
     run_id: str
     import_path: tuple[str, ...]
@@ -58,13 +61,12 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
     nodes = 1 if local else int(input_params["num_tasks"])
     per_node = int(input_params["num_processes"]) // nodes
     node = 0 if local else int(os.environ["NODE_RANK"])
-    environment = _environment(job)
-    scratch = tempfile.mkdtemp(prefix="sparktrain-")  # torchrun's log files; it would leave them in /tmp
+    environment = _environment(job, "127.0.0.1" if local else os.environ["MASTER_ADDR"])
     if job.launcher == "direct":
         environment |= {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes)}
         command, prefix = [sys.executable, "-u", "-m", module, job.run_dir], f"[rank {node} {socket.gethostname()}] "
     else:
-        command, prefix = [*_torchrun(local, nodes, node, per_node, scratch, job), "-m", module, job.run_dir], ""
+        command, prefix = [*_torchrun(local, nodes, node, per_node, job), "-m", module, job.run_dir], ""
     child = subprocess.Popen(
         command,
         env=environment,
@@ -79,13 +81,12 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
         child.wait()
     finally:
         _stop(child, job.grace)
-        shutil.rmtree(scratch, ignore_errors=True)
     if child.returncode != 0:
         _write_exit(job, node, child.returncode, tail)
         raise RuntimeError(f"ranks of task {node} on {socket.gethostname()} ended with status {child.returncode}")
 
 
-def _torchrun(local: bool, nodes: int, node: int, per_node: int, scratch: str, job: Job) -> list[str]:
+def _torchrun(local: bool, nodes: int, node: int, per_node: int, job: Job) -> list[str]:
     if local:
         where = ["--standalone", "--local-addr=127.0.0.1"]
     else:
@@ -99,18 +100,40 @@ def _torchrun(local: bool, nodes: int, node: int, per_node: int, scratch: str, j
         f"--nnodes={nodes}",
         f"--nproc-per-node={per_node}",
         *where,
-        f"--log-dir={scratch}",
+        f"--log-dir={job.log_dir}",  # without it torchrun leaves a directory in /tmp for each rank
         "--tee=3",
     ]
 
 
-def _environment(job: Job) -> dict[str, str]:
-    return os.environ | {
+def _environment(job: Job, master: str) -> dict[str, str]:
+    interface = _interface_to(master)
+    chosen = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    return {**chosen, **os.environ} | {
         "PYTHONPATH": os.pathsep.join(_import_path(job.import_path)),
         "OMP_NUM_THREADS": str(job.threads),
         "SPARKTRAIN_GENERATION": str(job.generation),
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[rank ${{rank}} {socket.gethostname()}] ",
     }
+
+
+def _interface_to(address: str) -> str | None:
+    """Name of the network interface that leads to ``address``. Left alone, gloo takes the one that the host's name
+    resolves to, which on many machines is the loopback, and ranks of other hosts cannot connect."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    get_interface_address = 0x8915
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with suppress(OSError):
+            probe.connect((address, 9))  # sends nothing: it asks the routing table for our own address
+        mine = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an IPv4 address
+                answer = fcntl.ioctl(probe.fileno(), get_interface_address, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == mine:
+                    return name
+    return None
 
 
 def _import_path(driver_path: tuple[str, ...]) -> list[str]:
@@ -213,8 +236,7 @@ def probe_partition(
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        found = None
-        with suppress(ImportError):
-            found = __import__(package) if package == "sparktrain" else None
-        return getattr(found, "__version__", "missing")
+    except importlib.metadata.PackageNotFoundError:  # not installed, but perhaps shipped by --py-files
+        if importlib.util.find_spec(package) is None:
+            return "missing"
+        return str(getattr(importlib.import_module(package), "__version__", "unknown"))
