@@ -148,6 +148,7 @@ class DisTrO(torch.optim.Optimizer):
         weights = sum(p.numel() for p in self._parameters)
         self.numbers = message.numbers_of(self._payload_bytes, weights, self._exchange.world, self._tiles.seconds)
 
+    @torch.no_grad()
     def sync(self) -> None:
         """Take the look-ahead back and compare parameters over ranks; ``Diverged`` names the ranks that differ.
 
