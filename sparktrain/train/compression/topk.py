@@ -6,10 +6,10 @@ A coefficient's index is ``row * W + column``. Fewer than K are chosen where few
 contribution. Such places hold the index ``area``, which stands for "absent", and the value 0. Indices ascend.
 
 On a CPU a general top-k moves every element through a heap. Here a lower bound of the k-th largest comes first: the
-k-th largest of the maxima of more than k groups. Few elements reach it, and only those are looked at again.
+k-th largest of the maxima of at least 2k groups. Few elements reach it, and only those are looked at again.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,78 +20,100 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-def select_largest(coefficients_HCW: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """``(index_CK, value_CK)``, int64 and float32. ``coefficients`` must be contiguous; they stay as they are."""
+class Selected(NamedTuple):
+    """[C, K] each: indices in the chunk (int64), positions in contiguous ``_HCW`` storage (int64), values (float32)."""
+
+    indices: Tensor
+    positions: Tensor
+    values: Tensor
+
+
+class Selector:
+    """Chooses ``topk`` of chunks of ``height`` x ``width``, with buffers for at most ``most`` chunks at once."""
+
+    def __init__(self, height: int, width: int, topk: int, most: int, device: torch.device) -> None:
+        self.height, self.width, self.topk = height, width, topk
+        # A group is one column of one of so many bands of rows.
+        fits = (g for g in range(1, height) if height % g == 0 and 2 * topk <= g * width)
+        self.bands = next(fits, 0) if device.type == "cpu" else 0
+        size = most * height * width if self.bands else 0
+        self._magnitude: Floats = np.empty(size, np.float32)
+        self._reached = np.empty((2, size), np.bool_)
+
+    def __call__(self, coefficients_HCW: Tensor) -> Selected:
+        """``coefficients`` must be contiguous; they stay as they are."""
+        if self.bands:
+            chosen = self._by_bound(coefficients_HCW.numpy())
+            if chosen is not None:
+                return chosen
+        return select_directly(coefficients_HCW, self.topk)
+
+    def _by_bound(self, coefficients: Floats) -> Selected | None:
+        """None where some chunk has too few coefficients that are not zero, or equal ones compete for the last place.
+        Neither happens twice: the momentum of such a chunk has just begun."""
+        height, chunks, width = coefficients.shape
+        magnitude = self._magnitude[: coefficients.size].reshape(coefficients.shape)
+        np.abs(coefficients, out=magnitude)
+        candidate = self._reaching(magnitude, self._lower_bound(magnitude))
+        chunk = candidate // (height * width)
+        index = candidate - chunk * (height * width)
+        row = index // width
+        position = row * ((chunks - 1) * width) + index + chunk * width
+        size = magnitude.reshape(-1).take(position)
+        counts = np.bincount(chunk, minlength=chunks)
+        if counts.min() < self.topk:
+            return None
+        last = np.repeat(_kth_largest(size, counts, self.topk), counts)
+        keep = np.flatnonzero(size >= last)
+        if len(keep) != chunks * self.topk:
+            return None
+        position = position.take(keep)
+        chosen = (index.take(keep), position, coefficients.reshape(-1).take(position))
+        return Selected(*(torch.from_numpy(part.reshape(chunks, self.topk)) for part in chosen))
+
+    def _lower_bound(self, magnitude: Floats) -> Floats:
+        """[C]: at least ``topk`` elements of the chunk reach it."""
+        height, chunks, width = magnitude.shape
+        maxima = magnitude.reshape(self.bands, height // self.bands, chunks, width).max(1)
+        maxima = maxima.swapaxes(0, 1).reshape(chunks, self.bands * width)
+        last = self.bands * width - self.topk
+        return np.partition(maxima, last, axis=1)[:, last]
+
+    def _reaching(self, magnitude: Floats, bound: Floats) -> Ints:
+        """chunk * area + index, ascending, of the elements that reach their chunk's bound and are not zero."""
+        height, chunks, width = magnitude.shape
+        reached, by_chunk = self._reached[:, : magnitude.size]
+        reached, by_chunk = reached.reshape(height, chunks, width), by_chunk.reshape(chunks, height, width)
+        # One bound per element of a row: comparing chunk by chunk would be as slow as sixty-four times the calls.
+        bounds = np.maximum(bound, np.finfo(np.float32).smallest_subnormal).repeat(width).reshape(chunks, width)
+        np.greater_equal(magnitude, bounds, out=reached)
+        np.copyto(by_chunk, reached.swapaxes(0, 1))
+        return np.flatnonzero(by_chunk)
+
+
+def select_directly(coefficients_HCW: Tensor, topk: int) -> Selected:
+    """The same by sorting out every element, wherever the tensor lives."""
     height, chunks, width = coefficients_HCW.shape
-    area = height * width
-    groups = next((g for g in range(1, height + 1) if height % g == 0 and 2 * topk <= g * width), 0)
-    if coefficients_HCW.device.type != "cpu" or not groups or groups == height:
-        return _directly(coefficients_HCW.transpose(0, 1).reshape(chunks, area), topk)
-    magnitude = coefficients_HCW.abs().numpy()
-    position = _reaching(magnitude, _lower_bound(magnitude, groups, topk))
-    index = _best(position, magnitude, topk)
-    return torch.from_numpy(index), gather_values(coefficients_HCW, torch.from_numpy(index))
+    flat = coefficients_HCW.transpose(0, 1).reshape(chunks, height * width)
+    index = flat.abs().topk(topk, sorted=False).indices
+    index = index.masked_fill_(flat.gather(1, index) == 0, height * width).sort(1).values
+    value = torch.cat([flat, flat.new_zeros(chunks, 1)], 1).gather(1, index)
+    return Selected(index, storage_positions(index, height, width), value)
 
 
 def storage_positions(index_CK: Tensor, height: int, width: int, absent: int = 0) -> Tensor:
     """Where in contiguous ``_HCW`` storage these coefficients lie; ``absent``: the position to give for absent ones."""
     chunks = index_CK.shape[0]
-    row = index_CK // width
+    row = torch.div(index_CK, width, rounding_mode="floor")
     chunk = torch.arange(chunks, device=index_CK.device).unsqueeze(1)
-    position = (row * ((chunks - 1) * width)).add_(index_CK).add_(chunk, alpha=width)
+    position = row.mul_((chunks - 1) * width).add_(index_CK).add_(chunk, alpha=width)
     return position.masked_fill_(index_CK == height * width, absent)
 
 
-def gather_values(coefficients_HCW: Tensor, index_CK: Tensor) -> Tensor:
-    """The coefficients at these indices, 0 for absent ones."""
-    height, _, width = coefficients_HCW.shape
-    value = coefficients_HCW.view(-1)[storage_positions(index_CK, height, width)]
-    return torch.where(index_CK < height * width, value, 0)
-
-
-def _directly(flat_CA: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    index = flat_CA.abs().topk(topk, sorted=False).indices
-    absent = flat_CA.gather(1, index) == 0
-    index = index.masked_fill_(absent, flat_CA.shape[1]).sort(1).values
-    value = torch.cat([flat_CA, flat_CA.new_zeros(len(flat_CA), 1)], 1).gather(1, index)
-    return index, value
-
-
-def _lower_bound(magnitude: Floats, groups: int, topk: int) -> Floats:
-    """[C]: at least ``topk`` elements of the chunk reach it. A group: one column of one of ``groups`` bands of rows."""
-    height, chunks, width = magnitude.shape
-    maxima = magnitude.reshape(groups, height // groups, chunks, width).max(1)
-    maxima = maxima.swapaxes(0, 1).reshape(chunks, groups * width)
-    return np.partition(maxima, groups * width - topk, axis=1)[:, groups * width - topk]
-
-
-def _reaching(magnitude: Floats, bound: Floats) -> Ints:
-    """Positions, chunk * area + index and ascending, of the elements that reach their chunk's bound and are not 0."""
-    tiny = np.finfo(np.float32).smallest_subnormal
-    reached = magnitude >= np.maximum(bound, tiny)[:, None]
-    return np.flatnonzero(np.ascontiguousarray(reached.swapaxes(0, 1)))
-
-
-def _best(position: Ints, magnitude: Floats, topk: int) -> Ints:
-    """Of these candidates the ``topk`` largest of each chunk; of equals, those of lower index."""
-    height, chunks, width = magnitude.shape
-    area = height * width
-    chunk, index = np.divmod(position, area)
-    row, column = np.divmod(index, width)
-    counts = np.bincount(chunk, minlength=chunks)
-    place = np.arange(len(position)) - (np.cumsum(counts) - counts)[chunk]
-    most = max(int(counts.max(initial=0)), topk)
-    candidates: Floats = np.zeros((chunks, most), np.float32)
-    candidates[chunk, place] = magnitude[row, chunk, column]
-    indices: Ints = np.full((chunks, most), area)
-    indices[chunk, place] = index
-    if most == topk:
-        return indices
-    least = np.partition(candidates, most - topk, axis=1)[:, most - topk, None]
-    keep: Any = candidates >= least
-    if keep.sum() != chunks * topk:
-        equal = candidates == least
-        room = topk - (candidates > least).sum(1, keepdims=True)
-        keep &= ~equal | (equal.cumsum(1) <= room)
-    best: Ints = indices[keep].reshape(chunks, topk)
-    return best
+def _kth_largest(size: Floats, counts: Any, topk: int) -> Floats:
+    """[C]: of each chunk's candidates, which lie one chunk after the other."""
+    chunks, most = len(counts), int(counts.max())
+    padded: Floats = np.zeros(chunks * most, np.float32)
+    begins = np.cumsum(counts) - counts
+    padded[np.arange(len(size)) + np.repeat(np.arange(chunks) * most - begins, counts)] = size
+    return np.partition(padded.reshape(chunks, most), most - topk, axis=1)[:, most - topk]

@@ -123,6 +123,9 @@ class _Builder:
         for member in members:
             rows, columns = self.matrices[member]
             down, across = rows // kind.height, columns // kind.width
+            if 2 * used >= room:  # a tile of one parameter needs no copy
+                self._add(group, kind, used, pieces)
+                pieces, used = [], 0
             for left in range(0, across, room):
                 right = min(across, left + room)
                 top = 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparktrain.train.compression.dct import Dct
-from sparktrain.train.compression.topk import select_largest, storage_positions
+from sparktrain.train.compression.topk import Selector, storage_positions
 from sparktrain.train.strategies.distro_layout import Layout, Piece, Tile
 
 
@@ -31,10 +31,12 @@ class Seconds:
 
 @dataclass
 class Chosen:
-    """Per kind of chunk: index [chunks, K] int64 and value [chunks, K] float32 of the coefficients that are sent."""
+    """Per kind of chunk: index [chunks, K] int64 and value [chunks, K] float32 of the coefficients that are sent, and
+    on the rank that sends them their position in the tile, int64."""
 
     index: list[Tensor] = field(default_factory=list)
     value: list[Tensor] = field(default_factory=list)
+    position: list[Tensor] = field(default_factory=list)
 
 
 class Tiles:
@@ -44,6 +46,7 @@ class Tiles:
         self.layout, self.device = layout, device
         most = [max(t.count for t in layout.tiles if t.kind == number) for number in range(len(layout.kinds))]
         self.transforms = [Dct(k.height, k.width, c, device) for k, c in zip(layout.kinds, most, strict=True)]
+        self.selectors = [Selector(*k, c, device) for k, c in zip(layout.kinds, most, strict=True)]
         self.momentum = [
             torch.zeros(count * kind.area, device=device)
             for kind, count in zip(layout.kinds, layout.chunks, strict=True)
@@ -66,7 +69,8 @@ class Tiles:
         """What a rank sends that has no gradient: everything absent."""
         sizes = list(zip(self.layout.kinds, self.layout.chunks, strict=True))
         index = [torch.full((count, kind.topk), kind.area, device=self.device) for kind, count in sizes]
-        return Chosen(index, [torch.zeros(count, kind.topk, device=self.device) for kind, count in sizes])
+        value = [torch.zeros(count, kind.topk, device=self.device) for kind, count in sizes]
+        return Chosen(index, value, [torch.zeros_like(i) for i in index])
 
     def forget(self, sent: Chosen) -> None:
         """Take what was sent out of the momentum: exactly, for it is what was in there."""
@@ -96,9 +100,10 @@ class Tiles:
             self.transforms[tile.kind].accumulate(gradient, momentum, decay, rates[tile.group])
             selecting = time.perf_counter()
             chunks = slice(tile.first, tile.first + tile.count)
-            index, value = select_largest(momentum, self.layout.kinds[tile.kind].topk)
-            chosen.index[tile.kind][chunks] = index
-            chosen.value[tile.kind][chunks] = value
+            selected = self.selectors[tile.kind](momentum)
+            chosen.index[tile.kind][chunks] = selected.indices
+            chosen.value[tile.kind][chunks] = selected.values
+            chosen.position[tile.kind][chunks] = selected.positions
             self.seconds.transform += selecting - began
             self.seconds.selection += time.perf_counter() - selecting
         return chosen
@@ -143,22 +148,20 @@ class Tiles:
         return part.view(down, across, kind.height, kind.width).transpose(1, 2)
 
     def _forget(self, tile: Tile, momentum_HCW: Tensor, sent: Chosen) -> None:
-        kind = self.layout.kinds[tile.kind]
         chunks = slice(tile.first, tile.first + tile.count)
-        position = storage_positions(sent.index[tile.kind][chunks], kind.height, kind.width)
-        momentum_HCW.view(-1).index_add_(0, position.view(-1), sent.value[tile.kind][chunks].view(-1), alpha=-1)
+        position, value = sent.position[tile.kind][chunks], sent.value[tile.kind][chunks]
+        # Where less was sent than could be, position 0 stands with the value 0.
+        momentum_HCW.view(-1).index_add_(0, position.view(-1), value.view(-1), alpha=-1)
 
     def _gradient_of(self, tile: Tile, matrices: Sequence[Tensor | None]) -> Tensor | None:
-        """[H, C, W]: a view of the gradient where its rows already are one band of chunks, else a copy."""
+        """[H, C, W]: a copy, unless one gradient fills the tile: then [H, C / n, n, W], a view."""
         present = [piece for piece in tile.pieces if matrices[piece.parameter] is not None]
         if not present:
             return None
         kind = self.layout.kinds[tile.kind]
         matrix, piece = matrices[tile.pieces[0].parameter], tile.pieces[0]
         if len(tile.pieces) == 1 and matrix is not None and matrix.dtype == torch.float32 and piece.whole:
-            region = self.region(matrix, tile, piece)
-            if len(region) == 1:
-                return region[0]
+            return self.region(matrix, tile, piece).transpose(0, 1)
         buffer = self._gradient[: tile.count * kind.area]
         # Whole chunks are laid out as the transform reads them; a string is flat, chunk after chunk.
         whole = piece.whole
@@ -179,8 +182,7 @@ class Tiles:
         few = 4 * ranks * kind.topk <= 3 * min(kind.height, kind.width)
         if few:
             index_CK, value_CK = self._merge(tile, index_RCK, value_RCK)
-            index_CK = torch.where(index_CK < kind.area, index_CK, 0)
-            return transform.inverse_sparse(index_CK // kind.width, index_CK % kind.width, value_CK)
+            return transform.inverse_sparse(index_CK.clamp(max=kind.area - 1), value_CK)
         total = self._sum[: tile.count * kind.area]
         positions = self._add_up(tile, index_RCK, value_RCK)
         samples = transform.inverse(total.view(kind.height, tile.count, kind.width)).transpose(0, 1)

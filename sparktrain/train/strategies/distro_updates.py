@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparktrain.errors import Diverged
@@ -67,18 +66,18 @@ class Updates:
     def state(self) -> dict[str, Any]:
         """This rank's own: momentum, and what was sent and is still in it. Not copies."""
         sent = self._sent
-        index = None if sent is None else [i.to(torch.int32) for i in sent.index]
-        return {"momentum": self._tiles.momentum, "sent_index": index, "sent_value": sent and sent.value}
+        return {"momentum": self._tiles.momentum, "sent": sent and [sent.index, sent.value, sent.position]}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Inverse of :meth:`state`; None: a momentum of zero."""
         self._sent = None
         for number, momentum in enumerate(self._tiles.momentum):
             momentum.copy_(state["momentum"][number]) if state else momentum.zero_()
-        if state and state["sent_index"] is not None:
-            device = self._tiles.device
-            index = [i.to(device, torch.int64) for i in state["sent_index"]]
-            self._sent = Chosen(index, [value.to(device) for value in state["sent_value"]])
+        if state and state["sent"]:
+            # Copies: the next step would write into the caller's.
+            self._sent = Chosen(
+                *([part.to(self._tiles.device, copy=True) for part in parts] for parts in state["sent"])
+            )
 
     def _refuse(self, failed: list[int]) -> None:
         self._sent = None
