@@ -11,6 +11,7 @@ from sparktrain.train.compression.topk import Selector, storage_positions
 def select(chunks_HCW, topk):
     height, chunks, width = chunks_HCW.shape
     index, position, value = Selector(height, width, topk, chunks + 1, torch.device("cpu"))(chunks_HCW)
+    index = index.long()
     assert torch.equal(torch.where(index < height * width, chunks_HCW.reshape(-1)[position], 0), value)
     return index, value
 

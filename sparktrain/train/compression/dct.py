@@ -44,10 +44,11 @@ class Dct:
         self._odd = self.row_cosines[self._half :, : self._half].contiguous()
         self._mirror = torch.arange(height - 1, self._half - 1, -1, device=device)
         self._rows = torch.empty(height * most * width, device=device)
+        self._views: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._folded = torch.empty(3, (height * most * width + 1) // 2, device=device)
 
     def accumulate(self, x_HCW: Tensor, into_HCW: Tensor, decay: float, scale: float) -> None:
-        """``into = decay * into + scale * DCT(x)``, in place; ``x`` may be strided, its chunks in several dimensions."""
+        """``into = decay * into + scale * DCT(x)``, in place; ``x`` may be strided, C several dimensions."""
         chunks = into_HCW.shape[1]
         rows = self._rows[: into_HCW.numel()].view(self.height, chunks * self.width)
         if self._half:
@@ -101,8 +102,11 @@ class Dct:
         return torch.bmm(left.transpose(1, 2), right, out=samples)
 
     def _parts(self, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
-        parts = self._folded[:, : math.prod(shape)].view(3, *shape)
-        return parts[0], parts[1], parts[2]
+        """Three buffers; views are kept, for there are few shapes and making one costs as much as a small product."""
+        if shape not in self._views:
+            parts = self._folded[:, : math.prod(shape)].view(3, *shape)
+            self._views[shape] = parts[0], parts[1], parts[2]
+        return self._views[shape]
 
 
 def _stored_cosines(size: int, device: torch.device) -> Tensor:

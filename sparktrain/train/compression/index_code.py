@@ -33,9 +33,8 @@ def index_bits(area: int, topk: int) -> int:
 def encode_index(index_BK: Tensor, area: int) -> list[Tensor]:
     """Bits of all chunks, as flat tensors one after the other."""
     topk = index_BK.shape[1]
-    return {"enumeration": _enumerate, "elias-fano": _elias_fano, "bitmap": _bitmap}[code_name(area, topk)](
-        index_BK, area
-    )
+    encode = {"enumeration": _enumerate, "elias-fano": _elias_fano, "bitmap": _bitmap}
+    return encode[code_name(area, topk)](index_BK, area)
 
 
 def decode_index(bits: Tensor, chunks: int, topk: int, area: int) -> Tensor:
@@ -62,8 +61,8 @@ def _low_bits(area: int, topk: int) -> int:
 
 
 def to_planes(number: Tensor, bits: int) -> Tensor:
-    """Bits of non-negative integers, lowest plane first: [bits, numel] flattened."""
-    plane = torch.arange(bits, device=number.device).unsqueeze(1)
+    """The lowest ``bits`` bits of non-negative integers, lowest plane first: [bits, numel] flattened."""
+    plane = torch.arange(bits, dtype=number.dtype, device=number.device).unsqueeze(1)
     return ((number.reshape(1, -1) >> plane) & 1).to(torch.uint8).view(-1)
 
 
@@ -88,7 +87,7 @@ def _enumerate(index_BK: Tensor, area: int) -> list[Tensor]:
     table = _binomials(area, topk, index_BK.device)
     # Adding 0, 1, 2, ... turns ascending symbols with repeats into a set without.
     distinct = index_BK + torch.arange(topk, device=index_BK.device)
-    rank = table.gather(1, distinct.T).sum(0)
+    rank = table.gather(1, distinct.T.long()).sum(0)
     return [to_planes(rank, index_bits(area, topk))]
 
 
@@ -106,8 +105,8 @@ def _elias_fano(index_BK: Tensor, area: int) -> list[Tensor]:
     chunks, topk = index_BK.shape
     low = _low_bits(area, topk)
     unary = torch.zeros(chunks, topk + (area >> low), dtype=torch.uint8, device=index_BK.device)
-    unary.scatter_(1, (index_BK >> low) + torch.arange(topk, device=index_BK.device), 1)
-    return [unary.view(-1), to_planes(index_BK & ((1 << low) - 1), low)]
+    unary.scatter_(1, (index_BK >> low).long() + torch.arange(topk, device=index_BK.device), 1)
+    return [unary.view(-1), to_planes(index_BK, low)]
 
 
 def _elias_fano_decode(bits: Tensor, chunks: int, topk: int, area: int) -> Tensor:
@@ -122,7 +121,7 @@ def _elias_fano_decode(bits: Tensor, chunks: int, topk: int, area: int) -> Tenso
 
 def _bitmap(index_BK: Tensor, area: int) -> list[Tensor]:
     bits = torch.zeros(len(index_BK), area + 1, dtype=torch.uint8, device=index_BK.device)
-    return [bits.scatter_(1, index_BK, 1)[:, :area].reshape(-1)]
+    return [bits.scatter_(1, index_BK.long(), 1)[:, :area].reshape(-1)]
 
 
 def _bitmap_decode(bits: Tensor, chunks: int, topk: int, area: int) -> Tensor:

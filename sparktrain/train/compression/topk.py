@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int32]
 
 
 class Selected(NamedTuple):
-    """[C, K] each: indices in the chunk (int64), positions in contiguous ``_HCW`` storage (int64), values (float32)."""
+    """[C, K] each: indices in the chunk, positions in contiguous ``_HCW`` storage (int32), values (float32)."""
 
     indices: Tensor
     positions: Tensor
@@ -88,7 +88,7 @@ class Selector:
         bounds = np.maximum(bound, np.finfo(np.float32).smallest_subnormal).repeat(width).reshape(chunks, width)
         np.greater_equal(magnitude, bounds, out=reached)
         np.copyto(by_chunk, reached.swapaxes(0, 1))
-        return np.flatnonzero(by_chunk)
+        return np.flatnonzero(by_chunk).astype(np.int32)
 
 
 def select_directly(coefficients_HCW: Tensor, topk: int) -> Selected:
@@ -98,7 +98,7 @@ def select_directly(coefficients_HCW: Tensor, topk: int) -> Selected:
     index = flat.abs().topk(topk, sorted=False).indices
     index = index.masked_fill_(flat.gather(1, index) == 0, height * width).sort(1).values
     value = torch.cat([flat, flat.new_zeros(chunks, 1)], 1).gather(1, index)
-    return Selected(index, storage_positions(index, height, width), value)
+    return Selected(index.int(), storage_positions(index, height, width).int(), value)
 
 
 def storage_positions(index_CK: Tensor, height: int, width: int, absent: int = 0) -> Tensor:

@@ -47,7 +47,7 @@ class ChunkCode(NamedTuple):
         bits = [] if self.dense else encode_index(index_BK, self.area)
         if self.dense:
             everywhere = value_BK.new_zeros(len(value_BK), self.area + 1)
-            value_BK = everywhere.scatter_(1, index_BK, value_BK)[:, : self.area]
+            value_BK = everywhere.scatter_(1, index_BK.long(), value_BK)[:, : self.area]
         if self.values == "1bit":
             bits.append((value_BK < 0).to(torch.uint8).view(-1))
         parts = [pack_bits(torch.cat(bits))] if bits else []

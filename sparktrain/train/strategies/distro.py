@@ -24,8 +24,8 @@ momentum is each rank's own. In a world of another size, rank r takes the state 
 takes the shared part of any and starts with a momentum of zero; the momentum of ranks that are gone, gradient that
 was never sent, is lost.
 
-Memory: one float32 per weight, and buffers of some megabytes; with bfloat16 parameters two bytes more per weight; with
-``overlap`` a copy of the parameters more; while messages are applied, 12 bytes per coefficient that was received.
+Memory: a float32 per weight and some megabytes; two bytes more per bfloat16 weight; with ``overlap`` a copy of the
+parameters; while messages are applied, 8 bytes per coefficient received.
 """
 
 import time
@@ -48,10 +48,7 @@ from sparktrain.train.strategies.distro_tiles import Seconds, Tiles
 from sparktrain.train.strategies.distro_updates import Updates
 from sparktrain.train.strategies.distro_weights import Weights
 
-_TILE_WEIGHTS = {"cpu": 64 * 4096}
-_TILE_WEIGHTS_OTHER = 512 * 4096
-_LAYOUT_SETTINGS = ("compression_topk", "compression_chunk", "values", "cut", "overlap")
-_OTHER_SETTINGS = ("compression_decay", "verify_every", "max_refused")
+_TILE_WEIGHTS = {"cpu": 64 * 4096, "cuda": 512 * 4096}
 
 
 class DisTrO(torch.optim.Optimizer):
@@ -67,8 +64,8 @@ class DisTrO(torch.optim.Optimizer):
         quantize_1bit: send signs of coefficients only; the same as ``values="1bit"``.
         overlap: Psyche's form, see the module.
         process_group: ranks to train with; none: all, or this process alone where torch.distributed is not in use.
-        values: how coefficients are sent: "fp32", "bf16", "int8" or "1bit".
-        cut: how chunks are cut, "padded" or Psyche's "divisor"; see ``distro_layout``.
+        values: how coefficients are sent, see ``wire``.
+        cut: how chunks are cut, "padded" or Psyche's "divisor", see ``distro_layout``.
         verify_every: compare a digest of the parameters over ranks every so many steps; 0: in ``sync()`` only.
         max_refused: stop after so many steps in a row with gradients that are not finite.
     """
@@ -94,18 +91,19 @@ class DisTrO(torch.optim.Optimizer):
         if values not in VALUES:
             raise ConfigError(f"values is {values!r}: expected one of {', '.join(VALUES)}")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.compression_decay, self.compression_topk = compression_decay, compression_topk
-        self.compression_chunk = compression_chunk
         self.values: Values = "1bit" if quantize_1bit else values
-        self.cut, self.overlap, self.verify_every, self.max_refused = cut, overlap, verify_every, max_refused
+        self.compression_decay, self.overlap, self.verify_every = compression_decay, overlap, verify_every
+        sizes = f"compression_topk {compression_topk}, compression_chunk {compression_chunk}"
+        self._layout = f"{sizes}, values {self.values}, cut {cut}, overlap {overlap}"
+        self._rules = f"compression_decay {compression_decay}, verify_every {verify_every}, max_refused {max_refused}"
         self.numbers = message.Numbers()
         self.steps = 0
         self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        self._names = _names(self.param_groups)
+        self._names = checks.names_of(self.param_groups)
         checks.check_parameters(self._names, self._parameters)
         device = self._parameters[0].device
         shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
-        tile = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS_OTHER)
+        tile = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS["cuda"])
         layout = layout_of(shapes, compression_chunk, compression_topk, self.values, cut, tile)
         self._tiles = Tiles(layout, device)
         self._weights = Weights(self._parameters, self._tiles)
@@ -127,22 +125,21 @@ class DisTrO(torch.optim.Optimizer):
         self._set_lr(lr)
         self._weights.restore()
         self._tiles.seconds, self._exchange.seconds = Seconds(), 0.0
-        gradient_bytes = sum(p.nbytes for p in self._parameters)
-        self._exchange.agree(
-            self._tensors(), self._settings(*_LAYOUT_SETTINGS, *_OTHER_SETTINGS), self._payload_bytes, gradient_bytes
-        )
+        if not self._exchange.agreed:
+            tensors = checks.describe(self.param_groups, self._names)
+            gradient_bytes = sum(p.nbytes for p in self._parameters)
+            self._exchange.agree(tensors, f"{self._layout}, {self._rules}", self._payload_bytes, gradient_bytes)
         if self.overlap:
             messages = self._exchange.messages()
             said = None if messages is None else self._updates.read(messages, self.steps)
             self._exchange.start(self._train())
-            self._move(said) if messages is not None else self._decay()
+            self._move(said) if messages is not None else self._weights.decay(self.param_groups)
             self.look_ahead()
         else:
             self._exchange.start(self._train())
             messages = self._exchange.messages()
-            assert messages is not None
             self._exchange.resume(None)
-            self._move(self._updates.read(messages, self.steps))
+            self._move(None if messages is None else self._updates.read(messages, self.steps))
         self.steps += 1
         self._tiles.seconds.communication = self._exchange.seconds
         weights = sum(p.numel() for p in self._parameters)
@@ -151,9 +148,7 @@ class DisTrO(torch.optim.Optimizer):
     @torch.no_grad()
     def sync(self) -> None:
         """Take the look-ahead back and compare parameters over ranks; ``Diverged`` names the ranks that differ.
-
-        With ``overlap`` the last messages stay under way: the next step applies them.
-        """
+        With ``overlap`` the last messages stay under way: the next step applies them."""
         self._weights.restore()
         self._exchange.verify(self._weights.digest(), self.steps)
 
@@ -191,7 +186,7 @@ class DisTrO(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """``{"shared": the same on every rank, "rank": this rank's own}``; not copies. See the module."""
         shared = {
-            "layout": self._settings(*_LAYOUT_SETTINGS),
+            "layout": self._layout,
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
             "counters": [self.steps, self._updates.refused, self._updates.refused_in_a_row],
             "rests": {self._names[number]: rest for number, rest in self._weights.rests.items()},
@@ -202,9 +197,9 @@ class DisTrO(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`; without a "rank" part, from a momentum of zero. Load parameters first."""
-        shared, here = state_dict["shared"], self._settings(*_LAYOUT_SETTINGS)
-        if shared["layout"] != here:
-            raise ConfigError(f"state was saved with {shared['layout']}, this run has {here}: use the same settings")
+        shared = state_dict["shared"]
+        if shared["layout"] != self._layout:
+            raise ConfigError(f"state was saved with {shared['layout']}, this run has {self._layout}: use the same")
         for group, settings in zip(self.param_groups, shared["param_groups"], strict=True):
             group.update(settings)
         self.steps, self._updates.refused, self._updates.refused_in_a_row = shared["counters"]
@@ -215,26 +210,15 @@ class DisTrO(torch.optim.Optimizer):
 
     def _train(self) -> Tensor:
         due = self.verify_every and self.steps % self.verify_every == 0
-        gradients = [p.grad for p in self._parameters]
-        rates = [group["lr"] for group in self.param_groups]
-        return self._updates.make(gradients, self.compression_decay, rates, self._weights.digest() if due else 0)
+        digest = self._weights.digest() if due else 0
+        gradients, rates = [p.grad for p in self._parameters], [group["lr"] for group in self.param_groups]
+        return self._updates.make(gradients, self.compression_decay, rates, digest)
 
     def _move(self, said: message.Said | None) -> None:
-        if said is None:
-            return
-        began = time.perf_counter()
-        lrs = [group["lr"] for group in self.param_groups]
-        keep = [1 - group["lr"] * group["weight_decay"] for group in self.param_groups]
-        for tile, piece, direction in self._tiles.directions(said.chosen):
-            if said.moved[piece.parameter]:
-                self._weights.move(tile, piece, direction, lrs[tile.group], keep[tile.group])
-        self._tiles.seconds.apply += time.perf_counter() - began
-
-    def _decay(self) -> None:
-        """The first step of an overlapped run has nothing to apply yet."""
-        for group in self.param_groups:
-            for parameter in group["params"] if group["weight_decay"] else ():
-                self._weights.decay(parameter, 1 - group["lr"] * group["weight_decay"])
+        if said is not None:
+            began = time.perf_counter()
+            self._weights.apply(self._tiles.directions(said.chosen), said.moved, self.param_groups)
+            self._tiles.seconds.apply += time.perf_counter() - began
 
     def _set_lr(self, lr: float | None) -> None:
         for group in self.param_groups if lr is not None else ():
@@ -249,22 +233,6 @@ class DisTrO(torch.optim.Optimizer):
     def _payload_bytes(self) -> int:
         return self._tiles.layout.payload_bytes(self.values)
 
-    def _settings(self, *names: str) -> str:
-        return ", ".join(f"{name} {getattr(self, name)}" for name in names)
-
-    def _tensors(self) -> list[str]:
-        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
-        members = zip(self._names, self._parameters, groups, strict=True)
-        return [f"{name} {list(p.shape)} {p.dtype} of group {group}" for name, p, group in members]
-
-
-def _names(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of named parameters, numbers of others."""
-    names: list[str] = []
-    for group in groups:
-        names += group.get("param_names") or [str(len(names) + i) for i in range(len(group["params"]))]
-    return names
-
 
 def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer: Optimizer) -> DisTrO:
     trained = {id(p): (name, p) for name, p in reversed(parameters.items()) if p.requires_grad}
@@ -273,30 +241,14 @@ def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer:
         {"params": [(n, p) for n, p in ordered if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
         {"params": [(n, p) for n, p in ordered if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return DisTrO(
-        [group for group in groups if group["params"]],
-        optimizer.lr,
-        compression_decay=section.compression_decay,
-        compression_topk=section.compression_topk,
-        compression_chunk=section.compression_chunk,
-        overlap=section.overlap,
-        values=section.values,
-        cut=section.cut,
-        verify_every=section.verify_every,
-        max_refused=section.max_refused,
-    )
+    members = [group for group in groups if group["params"]]
+    return DisTrO(members, optimizer.lr, **section.model_dump(exclude={"kind"}))
 
 
 def traffic_per_step(shapes: Sequence[torch.Size], section: Distro, world: int) -> Traffic:
     groups = [[s for s in shapes if len(s) >= 2], [s for s in shapes if len(s) < 2]]
-    layout = layout_of(
-        [group for group in groups if group],
-        section.compression_chunk,
-        section.compression_topk,
-        section.values,
-        section.cut,
-        _TILE_WEIGHTS_OTHER,
-    )
+    chunk, topk = section.compression_chunk, section.compression_topk
+    layout = layout_of([g for g in groups if g], chunk, topk, section.values, section.cut, _TILE_WEIGHTS["cuda"])
     traffic = Traffic()
     traffic.add_all_gather(layout.payload_bytes(section.values), world)
     return traffic

@@ -7,6 +7,7 @@ all ranks have received.
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,20 @@ from torch import Tensor
 from sparktrain.errors import ConfigError, Diverged
 
 _TEXT = 256
+
+
+def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of named parameters, numbers of others."""
+    names: list[str] = []
+    for group in groups:
+        names += group.get("param_names") or [str(len(names) + i) for i in range(len(group["params"]))]
+    return names
+
+
+def describe(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """One line per parameter: all that its place in the layout depends on."""
+    members = [(number, p) for number, group in enumerate(groups) for p in group["params"]]
+    return [f"{name} {list(p.shape)} {p.dtype} of group {n}" for name, (n, p) in zip(names, members, strict=True)]
 
 
 def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None:

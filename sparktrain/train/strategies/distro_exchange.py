@@ -23,7 +23,7 @@ class Exchange:
         self.traffic = Traffic()
         self.seconds = 0.0
         self._group, self._device = group, device
-        self._agreed = False
+        self.agreed = False
         self._work: Any = None
         self._everyones: Tensor | None = None
 
@@ -32,11 +32,9 @@ class Exchange:
         return dist.get_world_size(self._group) if dist.is_initialized() else 1
 
     def agree(self, tensors: Sequence[str], settings: str, payload_bytes: int, gradient_bytes: int) -> None:
-        """Once: compare layouts over ranks, and warn where all this is in vain."""
-        if self._agreed:
-            return
+        """Compare layouts over ranks, and warn where all this is in vain."""
         agree_on_layout(tensors, settings, self._device, self._group)
-        self._agreed = True
+        self.agreed = True
         received, ring = (self.world - 1) * payload_bytes, 2 * gradient_bytes * (self.world - 1) // self.world
         if received > ring:
             warnings.warn(

@@ -31,8 +31,8 @@ class Seconds:
 
 @dataclass
 class Chosen:
-    """Per kind of chunk: index [chunks, K] int64 and value [chunks, K] float32 of the coefficients that are sent, and
-    on the rank that sends them their position in the tile, int64."""
+    """Per kind of chunk: index [chunks, K] int32 and value [chunks, K] float32 of the coefficients that are sent, and
+    on the rank that sends them their position in the tile, int32."""
 
     index: list[Tensor] = field(default_factory=list)
     value: list[Tensor] = field(default_factory=list)
@@ -53,13 +53,14 @@ class Tiles:
         ]
         """Per kind, tile after tile, each [H, C, W] with row frequencies evens first."""
         largest = max((k.area * c for k, c in zip(layout.kinds, most, strict=True)), default=0)
+        self._tile_momenta = {tile: self._tile_momentum(tile) for tile in layout.tiles}
         self._gradient = torch.empty(largest, device=device)
         # One place more: absent coefficients are added there.
         self._sum = torch.zeros(largest + 1, device=device)
         self._contributors = torch.zeros(largest + 1, device=device)
         self.seconds = Seconds()
 
-    def tile_momentum(self, tile: Tile) -> Tensor:
+    def _tile_momentum(self, tile: Tile) -> Tensor:
         """[H, C, W], a view."""
         kind = self.layout.kinds[tile.kind]
         flat = self.momentum[tile.kind][tile.first * kind.area : (tile.first + tile.count) * kind.area]
@@ -68,14 +69,16 @@ class Tiles:
     def nothing(self) -> Chosen:
         """What a rank sends that has no gradient: everything absent."""
         sizes = list(zip(self.layout.kinds, self.layout.chunks, strict=True))
-        index = [torch.full((count, kind.topk), kind.area, device=self.device) for kind, count in sizes]
+        index = [
+            torch.full((count, kind.topk), kind.area, dtype=torch.int32, device=self.device) for kind, count in sizes
+        ]
         value = [torch.zeros(count, kind.topk, device=self.device) for kind, count in sizes]
         return Chosen(index, value, [torch.zeros_like(i) for i in index])
 
     def forget(self, sent: Chosen) -> None:
         """Take what was sent out of the momentum: exactly, for it is what was in there."""
         for tile in self.layout.tiles:
-            self._forget(tile, self.tile_momentum(tile), sent)
+            self._forget(tile, self._tile_momenta[tile], sent)
 
     def train(
         self, gradients: Sequence[Tensor | None], decay: float, rates: Sequence[float], sent: Chosen | None
@@ -91,7 +94,7 @@ class Tiles:
         ]
         for tile in self.layout.tiles:
             began = time.perf_counter()
-            momentum = self.tile_momentum(tile)
+            momentum = self._tile_momenta[tile]
             if sent is not None:
                 self._forget(tile, momentum, sent)
             gradient = self._gradient_of(tile, matrices)
@@ -122,7 +125,7 @@ class Tiles:
     def own_directions(self) -> Iterator[tuple[Tile, Piece, Tensor]]:
         """The same of this rank's momentum: where the next steps are likely to go."""
         for tile in self.layout.tiles:
-            yield from self._pieces(tile, self.transforms[tile.kind].inverse(self.tile_momentum(tile)).transpose(0, 1))
+            yield from self._pieces(tile, self.transforms[tile.kind].inverse(self._tile_momenta[tile]).transpose(0, 1))
 
     def region(self, matrix: Tensor, tile: Tile, piece: Piece) -> Tensor:
         """A view of the piece's rectangle of a parameter, shaped as its directions are."""

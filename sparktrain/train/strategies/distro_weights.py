@@ -5,7 +5,8 @@ a bfloat16 parameter lacks to be a float32 are kept beside it: parameter and res
 half the memory of a copy. The parameter is that master rounded to nearest, ties away from zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,24 +33,27 @@ class Weights:
         self._before: list[Tensor] = []
         self.ahead = False
 
-    def move(self, tile: Tile, piece: Piece, direction: Tensor, lr: float, keep: float) -> None:
-        """``parameter = keep * parameter - lr * direction`` on a piece."""
-        region = self._region(self.parameters[piece.parameter], tile, piece)
-        if piece.parameter in self.rests:
-            rest = self._region(self.rests[piece.parameter], tile, piece)
-            split_master(join_master(region, rest).mul_(keep).sub_(direction, alpha=lr), region, rest)
-            return
-        if keep != 1:
-            region.mul_(keep)
-        region.sub_(direction, alpha=lr)
+    def apply(
+        self,
+        directions: Iterable[tuple[Tile, Piece, Tensor]],
+        moved: Sequence[bool],
+        groups: Sequence[dict[str, Any]],
+    ) -> None:
+        """One step of ``groups``' lr and weight decay, of the parameters that are moved."""
+        lrs = [group["lr"] for group in groups]
+        keeps = [1 - group["lr"] * group["weight_decay"] for group in groups]
+        for tile, piece, direction in directions:
+            if moved[piece.parameter]:
+                self._move(tile, piece, direction, lrs[tile.group], keeps[tile.group])
 
-    def decay(self, parameter: Tensor, keep: float) -> None:
-        """``parameter = keep * parameter``, all of it."""
-        number = next(n for n, p in enumerate(self.parameters) if p is parameter)
-        if number in self.rests:
-            split_master(join_master(parameter, self.rests[number]).mul_(keep), parameter, self.rests[number])
-        else:
-            parameter.mul_(keep)
+    def decay(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Weight decay alone: the first step of an overlapped run has nothing to apply yet."""
+        keeps = [1 - group["lr"] * group["weight_decay"] for group in groups for _ in group["params"]]
+        for number, (parameter, keep) in enumerate(zip(self.parameters, keeps, strict=True)):
+            if number in self.rests:
+                split_master(join_master(parameter, self.rests[number]).mul_(keep), parameter, self.rests[number])
+            else:
+                parameter.mul_(keep)
 
     def look_ahead(self, lrs: Sequence[float]) -> None:
         """Go where this rank's momentum points, by the group's lr; :meth:`restore` comes back."""
@@ -78,6 +82,17 @@ class Weights:
     def digest(self) -> int:
         """Eight bytes that differ where any bit of a parameter or rest does."""
         return digest([*self.current(), *self.rests.values()])
+
+    def _move(self, tile: Tile, piece: Piece, direction: Tensor, lr: float, keep: float) -> None:
+        """``parameter = keep * parameter - lr * direction`` on a piece."""
+        region = self._region(self.parameters[piece.parameter], tile, piece)
+        if piece.parameter in self.rests:
+            rest = self._region(self.rests[piece.parameter], tile, piece)
+            split_master(join_master(region, rest).mul_(keep).sub_(direction, alpha=lr), region, rest)
+            return
+        if keep != 1:
+            region.mul_(keep)
+        region.sub_(direction, alpha=lr)
 
     def _region(self, tensor: Tensor, tile: Tile, piece: Piece) -> Tensor:
         return self._tiles.region(tensor.view(self._matrices[piece.parameter]), tile, piece)
