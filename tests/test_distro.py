@@ -416,6 +416,21 @@ def test_bad_parameters_are_named():
             DisTrO([("good", torch.nn.Parameter(torch.ones(2))), ("odd", odd)], 0.1)
 
 
+def test_a_sparse_gradient_is_named():
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    optimizer = DisTrO(embedding.named_parameters(), 0.1)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="gradient of weight is sparse"):
+        optimizer.step()
+
+
+def test_mixed_types_train_together():
+    parameters = [*parameters_of(), *parameters_of(torch.bfloat16), *parameters_of(torch.float64)]
+    before = [p.detach().clone() for p in parameters]
+    train(DisTrO(parameters, 1.0, compression_topk=8), parameters, 0, range(2))
+    assert all((a != b).any() for a, b in zip(before, parameters, strict=True))
+
+
 def test_dense_codes_cost_their_values_and_no_indices():
     assert ChunkCode(100, 100, "fp32").num_bytes(3) == 1200
     assert np.isclose(ChunkCode(4096, 32, "1bit").bits, 320)

@@ -12,7 +12,7 @@ ranks sent, transform back, and move every weight by the sign of the result (DeM
 ``overlap=True`` is Psyche's form. The messages of a step travel during the next forward and backward pass and are
 applied after it; what was sent leaves M when they have arrived; and gradients are taken at a look-ahead point, where
 each rank stands ``lr * sign(D^-1(M))`` further on, by itself. ``sync()`` takes the look-ahead back: call it before you
-read the weights, and ``look_ahead()`` before you go on training.
+read the weights, ``look_ahead()`` before you go on.
 
 What counts as a contribution. A coefficient that is zero is not sent. A chunk none of whose weights had a gradient on
 a rank rests there, momentum and all. A parameter without a gradient on any rank is not moved. If any rank's gradient
@@ -55,15 +55,15 @@ class DisTrO(torch.optim.Optimizer):
     """See the module; a plain PyTorch optimizer, with or without a process group.
 
     Args:
-        params: parameters, named parameters or groups; ``lr`` and ``weight_decay`` may differ by group.
+        params: parameters or groups of them, named or not; ``lr`` and ``weight_decay`` may differ by group.
         lr: every weight moves by this much per step: a quarter to a half of AdamW's is a start.
         compression_decay: of the momentum, in [0, 1]; 0.95 to 0.99 for runs of some hundred steps.
         compression_topk: coefficients sent per chunk.
         compression_chunk: edge of a chunk.
         weight_decay: decoupled.
-        quantize_1bit: send signs of coefficients only; the same as ``values="1bit"``.
+        quantize_1bit: send signs of coefficients only: ``values="1bit"``.
         overlap: Psyche's form, see the module.
-        process_group: ranks to train with; none: all, or this process alone where torch.distributed is not in use.
+        process_group: ranks to train with; none: all, or this process where torch.distributed is not in use.
         values: how coefficients are sent, see ``wire``.
         cut: how chunks are cut, "padded" or Psyche's "divisor", see ``distro_layout``.
         verify_every: compare a digest of the parameters over ranks every so many steps; 0: in ``sync()`` only.
@@ -109,7 +109,7 @@ class DisTrO(torch.optim.Optimizer):
         self._weights = Weights(self._parameters, self._tiles)
         self._exchange = Exchange(process_group, device)
         self.traffic = self._exchange.traffic
-        self._updates = Updates(self._tiles, self.values, self._names, max_refused)
+        self._updates = Updates(self._tiles, self.values, self._names, max_refused, overlap)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_tiles"):
@@ -156,9 +156,7 @@ class DisTrO(torch.optim.Optimizer):
     def look_ahead(self) -> None:
         """With ``overlap``: go to where the next gradient is to be taken. ``step()`` ends with it."""
         if self.overlap and not self._weights.ahead:
-            began = time.perf_counter()
             self._weights.look_ahead([group["lr"] for group in self.param_groups])
-            self._tiles.seconds.apply += time.perf_counter() - began
 
     @torch.no_grad()
     def train(self, lr: float | None = None) -> bytes:
@@ -197,8 +195,7 @@ class DisTrO(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`; without a "rank" part, from a momentum of zero. Load parameters first."""
-        shared = state_dict["shared"]
-        if shared["layout"] != self._layout:
+        if (shared := state_dict["shared"])["layout"] != self._layout:
             raise ConfigError(f"state was saved with {shared['layout']}, this run has {self._layout}: use the same")
         for group, settings in zip(self.param_groups, shared["param_groups"], strict=True):
             group.update(settings)
@@ -221,8 +218,8 @@ class DisTrO(torch.optim.Optimizer):
             self._tiles.seconds.apply += time.perf_counter() - began
 
     def _set_lr(self, lr: float | None) -> None:
-        for group in self.param_groups if lr is not None else ():
-            group["lr"] = lr
+        for group in self.param_groups:
+            group["lr"] = group["lr"] if lr is None else lr
 
     @property
     def refused(self) -> int:

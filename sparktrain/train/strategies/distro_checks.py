@@ -124,7 +124,10 @@ def from_bytes(data: Tensor) -> int:
 
 
 def first_not_finite(names: Sequence[str], gradients: Sequence[Tensor | None]) -> str | None:
-    """Name of the first parameter whose gradient holds an infinity or a NaN."""
+    """Name of the first parameter whose gradient holds an infinity or a NaN; ``ConfigError``: one is sparse."""
+    sparse = [name for name, g in zip(names, gradients, strict=True) if g is not None and g.layout != torch.strided]
+    if sparse:
+        raise ConfigError(f"the gradient of {sparse[0]} is sparse: DisTrO needs dense ones (Embedding(sparse=False))")
     present = [g for g in gradients if g is not None]
     if not present or bool(torch.stack(torch._foreach_norm(present)).isfinite().all()):
         return None

@@ -75,17 +75,23 @@ class Tiles:
         value = [torch.zeros(count, kind.topk, device=self.device) for kind, count in sizes]
         return Chosen(index, value, [torch.zeros_like(i) for i in index])
 
-    def forget(self, sent: Chosen) -> None:
-        """Take what was sent out of the momentum: exactly, for it is what was in there."""
+    def add(self, sent: Chosen, sign: int) -> None:
+        """Take what was sent out of the momentum (-1) or put it back (+1): exactly, for it is all that was there."""
         for tile in self.layout.tiles:
-            self._forget(tile, self._tile_momenta[tile], sent)
+            self._add(tile, sent, sign)
 
     def train(
-        self, gradients: Sequence[Tensor | None], decay: float, rates: Sequence[float], sent: Chosen | None
+        self,
+        gradients: Sequence[Tensor | None],
+        decay: float,
+        rates: Sequence[float],
+        sent: Chosen | None,
+        forget_at_once: bool,
     ) -> Chosen:
         """Forget what was ``sent``, accumulate the gradients, choose what to send: tile by tile, while it is in cache.
 
         Chunks without any gradient rest and send nothing. ``rates``: learning rate by parameter group.
+        ``forget_at_once``: take what is chosen out of the momentum too.
         """
         chosen = self.nothing()
         matrices = [
@@ -96,7 +102,7 @@ class Tiles:
             began = time.perf_counter()
             momentum = self._tile_momenta[tile]
             if sent is not None:
-                self._forget(tile, momentum, sent)
+                self._add(tile, sent, -1)
             gradient = self._gradient_of(tile, matrices)
             if gradient is None:
                 continue
@@ -107,6 +113,8 @@ class Tiles:
             chosen.index[tile.kind][chunks] = selected.indices
             chosen.value[tile.kind][chunks] = selected.values
             chosen.position[tile.kind][chunks] = selected.positions
+            if forget_at_once:
+                momentum.view(-1).index_add_(0, selected.positions.view(-1), selected.values.view(-1), alpha=-1)
             self.seconds.transform += selecting - began
             self.seconds.selection += time.perf_counter() - selecting
         return chosen
@@ -150,11 +158,11 @@ class Tiles:
         part = chunks_CHW[first : first + down * across]
         return part.view(down, across, kind.height, kind.width).transpose(1, 2)
 
-    def _forget(self, tile: Tile, momentum_HCW: Tensor, sent: Chosen) -> None:
+    def _add(self, tile: Tile, sent: Chosen, sign: int) -> None:
         chunks = slice(tile.first, tile.first + tile.count)
         position, value = sent.position[tile.kind][chunks], sent.value[tile.kind][chunks]
         # Where less was sent than could be, position 0 stands with the value 0.
-        momentum_HCW.view(-1).index_add_(0, position.view(-1), value.view(-1), alpha=-1)
+        self._tile_momenta[tile].view(-1).index_add_(0, position.view(-1), value.view(-1), alpha=sign)
 
     def _gradient_of(self, tile: Tile, matrices: Sequence[Tensor | None]) -> Tensor | None:
         """[H, C, W]: a copy, unless one gradient fills the tile: then [H, C / n, n, W], a view."""

@@ -21,26 +21,28 @@ class Updates:
         values: how coefficients are sent.
         names: of the parameters, for messages to the user.
         max_refused: stop after so many refused steps in a row.
+        late: what was sent leaves the momentum in the next :meth:`make` (Psyche's form), not at once.
     """
 
-    def __init__(self, tiles: Tiles, values: Values, names: Sequence[str], max_refused: int) -> None:
+    def __init__(self, tiles: Tiles, values: Values, names: Sequence[str], max_refused: int, late: bool) -> None:
         self.refused = self.refused_in_a_row = 0
         self._tiles, self._values, self._names, self._max_refused = tiles, values, names, max_refused
+        self._late = late
         self._sent: Chosen | None = None
         self._bad_gradient = ""
 
     def make(self, gradients: Sequence[Tensor | None], decay: float, rates: Sequence[float], digest: int) -> Tensor:
-        """This rank's message, uint8. What it says leaves the momentum in the next call, unless the step is refused.
+        """This rank's message, uint8. What it says leaves the momentum, unless the step is refused.
 
         A gradient that is not finite is dropped; the message says so.
         """
         bad = first_not_finite(self._names, gradients)
         self._bad_gradient = bad or ""
+        sent, self._sent = self._sent if self._late else None, None
         if bad is None:
-            self._sent = self._tiles.train(gradients, decay, rates, self._sent)
-        elif self._sent is not None:
-            self._tiles.forget(self._sent)
-            self._sent = None
+            self._sent = self._tiles.train(gradients, decay, rates, sent, not self._late)
+        elif sent is not None:
+            self._tiles.add(sent, -1)
         began = time.perf_counter()
         chosen = self._sent if self._sent is not None else self._tiles.nothing()
         written = message.write(self._tiles.layout, self._values, chosen, gradients, bad is not None, digest)
@@ -65,7 +67,7 @@ class Updates:
 
     def state(self) -> dict[str, Any]:
         """This rank's own: momentum, and what was sent and is still in it. Not copies."""
-        sent = self._sent
+        sent = self._sent if self._late else None
         return {"momentum": self._tiles.momentum, "sent": sent and [sent.index, sent.value, sent.position]}
 
     def load(self, state: dict[str, Any] | None) -> None:
@@ -80,6 +82,8 @@ class Updates:
             )
 
     def _refuse(self, failed: list[int]) -> None:
+        if self._sent is not None and not self._late:
+            self._tiles.add(self._sent, 1)
         self._sent = None
         self.refused += 1
         self.refused_in_a_row += 1

@@ -5,6 +5,7 @@ a bfloat16 parameter lacks to be a float32 are kept beside it: parameter and res
 half the memory of a copy. The parameter is that master rounded to nearest, ties away from zero.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ class Weights:
         """Go where this rank's momentum points, by the group's lr; :meth:`restore` comes back."""
         if not self._before:
             self._before = [torch.empty_like(p) for p in self.parameters]
+        began = time.perf_counter()
         torch._foreach_copy_(self._before, self.parameters)
         self.ahead = True
         for tile, piece, direction in self._tiles.own_directions():
@@ -68,6 +70,7 @@ class Weights:
                 region.copy_(join_master(region, rest).sub_(direction, alpha=lrs[tile.group]))
             else:
                 region.sub_(direction, alpha=lrs[tile.group])
+        self._tiles.seconds.apply += time.perf_counter() - began
 
     def restore(self) -> None:
         """Back from the look-ahead, to the bit."""
