@@ -93,16 +93,15 @@ class DisTrO(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.values: Values = "1bit" if quantize_1bit else values
         self.compression_decay, self.overlap, self.verify_every = compression_decay, overlap, verify_every
-        sizes = f"compression_topk {compression_topk}, compression_chunk {compression_chunk}"
-        self._layout = f"{sizes}, values {self.values}, cut {cut}, overlap {overlap}"
+        self._layout = f"compression_topk {compression_topk}, compression_chunk {compression_chunk}, cut {cut}"
+        self._layout += f", values {self.values}, overlap {overlap}"
         self._rules = f"compression_decay {compression_decay}, verify_every {verify_every}, max_refused {max_refused}"
         self.numbers = message.Numbers()
         self.steps = 0
         self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._names = checks.names_of(self.param_groups)
         checks.check_parameters(self._names, self._parameters)
-        device = self._parameters[0].device
-        shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
+        device, shapes = self._parameters[0].device, [[p.shape for p in g["params"]] for g in self.param_groups]
         tile = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS["cuda"])
         layout = layout_of(shapes, compression_chunk, compression_topk, self.values, cut, tile)
         self._tiles = Tiles(layout, device)
