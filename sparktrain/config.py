@@ -128,6 +128,16 @@ class Distro(Section):
     """DCT coefficients sent per chunk."""
     compression_chunk: int = Field(64, ge=2, le=64)
     """Edge of the square chunks the DCT works on."""
+    values: Literal["fp32", "bf16", "int8", "1bit"] = "fp32"
+    """How a coefficient's value is sent; 1bit: its sign alone."""
+    overlap: bool = False
+    """Messages travel during the next step and are applied after it; gradients are taken at a look-ahead point."""
+    cut: Literal["padded", "divisor"] = "padded"
+    """How matrices are cut into chunks; divisor: by Psyche's rule, for which prime dimensions are bad."""
+    verify_every: int = Field(0, ge=0)
+    """Compare a digest of the parameters over ranks every so many steps; 0: at checkpoints only."""
+    max_refused: int = Field(10, ge=1)
+    """Stop after so many steps in a row in which a rank's gradient was not finite."""
 
     @model_validator(mode="after")
     def _topk_fits(self) -> "Distro":

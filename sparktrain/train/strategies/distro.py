@@ -1,20 +1,35 @@
-"""DisTrO: train with one small packed message per step and rank (DeMo, arXiv 2411.19870).
+"""DisTrO: train with one small packed message per step and rank.
 
-Each rank accumulates its gradient in a momentum that is never synchronised. Per chunk of 64x64 weights it sends the
-k largest coefficients of that momentum's discrete cosine transform and forgets them; all ranks average what all
-ranks sent, transform back, and move every weight by the sign of the result::
+Each rank accumulates its gradient in a momentum that is never synchronised. Per chunk of 64 x 64 weights it sends the
+k largest coefficients of that momentum's discrete cosine transform D and forgets them; all ranks average what all
+ranks sent, transform back, and move every weight by the sign of the result (DeMo, arXiv 2411.19870)::
 
-    M = decay * M + lr * D(gradient)        D: the 2-D DCT of each chunk; M lives in the DCT domain
-    I = the k largest |M| of each chunk     sent: I and M[I]; then M[I] = 0
-    Q = mean over the ranks that sent a coefficient
+    M = decay * (M - what was sent) + lr * D(gradient)     M lives in the DCT domain
+    send the k largest |M| of each chunk
+    Q = mean over the ranks that sent a coefficient, added up in rank order
     x = x * (1 - lr * weight_decay) - lr * sign(D^-1(Q))
 
-Whole 64x64 chunks are cut from the matrices; what does not fill a chunk, and all small tensors, are strung together
-per parameter group and cut into chunks of the same area, so no dimension is bad: N weights are ceil(N / 4096) chunks.
+``overlap=True`` is Psyche's form. The messages of a step travel during the next forward and backward pass and are
+applied after it; what was sent leaves M when they have arrived; and gradients are taken at a look-ahead point, where
+each rank stands ``lr * sign(D^-1(M))`` further on, by itself. ``sync()`` takes the look-ahead back: call it before you
+read the weights, ``look_ahead()`` before you go on.
+
+What counts as a contribution. A coefficient that is zero is not sent. A chunk none of whose weights had a gradient on
+a rank rests there, momentum and all. A parameter without a gradient on any rank is not moved. If any rank's gradient
+holds an infinity or a NaN, no rank moves anything: that rank drops its gradient, the others keep theirs in the
+momentum, and what they sent stays to be sent again.
+
+State and world size. Parameters, their bfloat16 rests, messages under way and counters are the same everywhere; the
+momentum is each rank's own. In a world of another size, rank r takes the state of old rank r; a rank that has none
+takes the shared part of any and starts with a momentum of zero; the momentum of ranks that are gone, gradient that
+was never sent, is lost.
+
+Memory: a float32 per weight and some megabytes; two bytes more per bfloat16 weight; with ``overlap`` a copy of the
+parameters; while messages are applied, 8 bytes per coefficient received.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,20 +37,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparktrain.config import Distro, Optimizer
-from sparktrain.train.compression.dct import dct_matrix
+from sparktrain.errors import ConfigError
+from sparktrain.train.compression.wire import VALUES, Values
+from sparktrain.train.strategies import distro_checks as checks
+from sparktrain.train.strategies import distro_message as message
 from sparktrain.train.strategies.contract import Traffic
+from sparktrain.train.strategies.distro_exchange import Exchange
+from sparktrain.train.strategies.distro_layout import Cut, layout_of
+from sparktrain.train.strategies.distro_tiles import Seconds, Tiles
+from sparktrain.train.strategies.distro_updates import Updates
+from sparktrain.train.strategies.distro_weights import Weights
+
+_TILE_WEIGHTS = {"cpu": 64 * 4096, "cuda": 512 * 4096}
 
 
 class DisTrO(torch.optim.Optimizer):
-    """See the module; usable as a plain PyTorch optimizer, with or without a process group.
+    """See the module; a plain PyTorch optimizer, with or without a process group.
 
     Args:
-        params: parameters or groups of them; ``lr`` and ``weight_decay`` may differ by group.
-        lr: every weight moves by exactly this much per step.
-        compression_decay: of the momentum, in [0, 1].
+        params: parameters or groups of them, named or not; ``lr`` and ``weight_decay`` may differ by group.
+        lr: every weight moves by this much per step: a quarter to a half of AdamW's is a start.
+        compression_decay: of the momentum, in [0, 1]; 0.95 to 0.99 for runs of some hundred steps.
         compression_topk: coefficients sent per chunk.
         compression_chunk: edge of a chunk.
-        process_group: ranks to train with; none: all, or this process alone where torch.distributed is not in use.
+        weight_decay: decoupled.
+        quantize_1bit: send signs of coefficients only: ``values="1bit"``.
+        overlap: Psyche's form, see the module.
+        process_group: ranks to train with; none: all, or this process where torch.distributed is not in use.
+        values: how coefficients are sent, see ``wire``.
+        cut: how chunks are cut, "padded" or Psyche's "divisor", see ``distro_layout``.
+        verify_every: compare a digest of the parameters over ranks every so many steps; 0: in ``sync()`` only.
+        max_refused: stop after so many steps in a row with gradients that are not finite.
     """
 
     def __init__(
@@ -47,165 +79,172 @@ class DisTrO(torch.optim.Optimizer):
         compression_topk: int = 32,
         compression_chunk: int = 64,
         weight_decay: float = 0.0,
+        quantize_1bit: bool = False,
+        overlap: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        values: Values = "fp32",
+        cut: Cut = "padded",
+        verify_every: int = 0,
+        max_refused: int = 10,
     ) -> None:
-        if not 0 <= compression_decay <= 1:
-            raise ValueError(f"compression_decay is {compression_decay}: expected a number in [0, 1]")
-        if compression_chunk < 1 or not 1 <= compression_topk <= compression_chunk**2:
-            raise ValueError(
-                f"compression_topk is {compression_topk}, compression_chunk {compression_chunk}: expected a chunk "
-                f"of at least 1 and 1 <= topk <= chunk^2"
-            )
+        checks.check_settings(compression_decay, compression_topk, compression_chunk, lr, weight_decay)
+        if values not in VALUES:
+            raise ConfigError(f"values is {values!r}: expected one of {', '.join(VALUES)}")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.decay, self.topk, self.chunk = compression_decay, compression_topk, compression_chunk
-        self.traffic = Traffic()
-        self._group = process_group
-        self._world = dist.get_world_size(process_group) if dist.is_initialized() else 1
-        self._momentum = [
-            torch.zeros(num_chunks(_numel(group["params"]), self.chunk), self.chunk, self.chunk)
-            for group in self.param_groups
-        ]
+        self.values: Values = "1bit" if quantize_1bit else values
+        self.compression_decay, self.overlap, self.verify_every = compression_decay, overlap, verify_every
+        self._layout = f"compression_topk {compression_topk}, compression_chunk {compression_chunk}, cut {cut}"
+        self._layout += f", values {self.values}, overlap {overlap}"
+        self._rules = f"compression_decay {compression_decay}, verify_every {verify_every}, max_refused {max_refused}"
+        self.numbers = message.Numbers()
+        self.steps = 0
+        self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        self._names = checks.names_of(self.param_groups)
+        checks.check_parameters(self._names, self._parameters)
+        device, shapes = self._parameters[0].device, [[p.shape for p in g["params"]] for g in self.param_groups]
+        tile = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS["cuda"])
+        layout = layout_of(shapes, compression_chunk, compression_topk, self.values, cut, tile)
+        self._tiles = Tiles(layout, device)
+        self._weights = Weights(self._parameters, self._tiles)
+        self._exchange = Exchange(process_group, device)
+        self.traffic = self._exchange.traffic
+        self._updates = Updates(self._tiles, self.values, self._names, max_refused, overlap)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "_tiles"):
+            raise ConfigError("DisTrO's layout is fixed once it is made: give all parameter groups at the start")
+        super().add_param_group(param_group)
 
     def average_gradients(self) -> None:
         """Nothing: every rank keeps its own gradient."""
 
-    def sync(self) -> None:
-        """Nothing: every step leaves the same parameters on every rank."""
-
     @torch.no_grad()
     def step(self, lr: float | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters; ``lr`` overrides that of every group."""
-        if lr is not None:
-            for group in self.param_groups:
-                group["lr"] = lr
-        basis = dct_matrix(self.chunk)
-        sent = []
-        for group, momentum in zip(self.param_groups, self._momentum, strict=True):
-            gradient = torch.zeros_like(momentum)
-            for parameter, chunks in _chunks(group["params"], gradient):
-                if parameter.grad is not None:
-                    for region, chunk in chunks(parameter.grad):
-                        chunk.copy_(region)
-            momentum.mul_(self.decay).add_(basis.T @ gradient @ basis, alpha=group["lr"])
-            flat = momentum.view(len(momentum), -1)
-            index = flat.abs().topk(self.topk, sorted=False).indices
-            sent.append(_to_bytes(index, flat.gather(1, index)))
-            flat.scatter_(1, index, 0)
-        received = self._gather(torch.cat(sent))
-        begin = 0
-        for group, momentum, own in zip(self.param_groups, self._momentum, sent, strict=True):
-            everyones = received[:, begin : begin + len(own)]
-            begin += len(own)
-            mean = self._mean(everyones, len(momentum)).view_as(momentum)
-            step = (basis @ mean @ basis.T).sign_()
-            for parameter, chunks in _chunks(group["params"], step):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                for region, chunk in chunks(parameter):
-                    region.sub_(chunk, alpha=group["lr"])
-
-    def _gather(self, payload: Tensor) -> Tensor:
-        everyones = torch.empty(self._world * len(payload), dtype=torch.uint8)
-        began = time.perf_counter()
-        if self._world > 1:
-            dist.all_gather_into_tensor(everyones, payload, group=self._group)
+        """One update of all parameters; ``lr`` overrides that of every group. Every rank must call it."""
+        self._set_lr(lr)
+        self._weights.restore()
+        self._tiles.seconds, self._exchange.seconds = Seconds(), 0.0
+        if not self._exchange.agreed:
+            tensors = checks.describe(self.param_groups, self._names)
+            gradient_bytes = sum(p.nbytes for p in self._parameters)
+            self._exchange.agree(tensors, f"{self._layout}, {self._rules}", self._payload_bytes, gradient_bytes)
+        if self.overlap:
+            messages = self._exchange.messages()
+            said = None if messages is None else self._updates.read(messages, self.steps)
+            self._exchange.start(self._train())
+            self._move(said) if messages is not None else self._weights.decay(self.param_groups)
+            self.look_ahead()
         else:
-            everyones.copy_(payload)
-        self.traffic.seconds += time.perf_counter() - began
-        self.traffic.add_all_gather(len(payload), self._world)
-        return everyones.view(self._world, -1)
+            self._exchange.start(self._train())
+            messages = self._exchange.messages()
+            self._exchange.resume(None)
+            self._move(None if messages is None else self._updates.read(messages, self.steps))
+        self.steps += 1
+        self._tiles.seconds.communication = self._exchange.seconds
+        weights = sum(p.numel() for p in self._parameters)
+        self.numbers = message.numbers_of(self._payload_bytes, weights, self._exchange.world, self._tiles.seconds)
 
-    def _mean(self, everyones: Tensor, chunks: int) -> Tensor:
-        """Mean over contributors, summed in rank order so that every rank gets the same bits."""
-        total = torch.zeros(chunks, self.chunk**2)
-        count = torch.zeros_like(total)
-        for payload in everyones:
-            index, value = _from_bytes(payload, chunks, self.topk)
-            total.scatter_add_(1, index, value)
-            count.scatter_add_(1, index, torch.ones_like(value))
-        return total.div_(count.clamp_(min=1))
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Take the look-ahead back and compare parameters over ranks; ``Diverged`` names the ranks that differ.
+        With ``overlap`` the last messages stay under way: the next step applies them."""
+        self._weights.restore()
+        self._exchange.verify(self._weights.digest(), self.steps)
 
+    @torch.no_grad()
+    def look_ahead(self) -> None:
+        """With ``overlap``: go to where the next gradient is to be taken. ``step()`` ends with it."""
+        if self.overlap and not self._weights.ahead:
+            self._weights.look_ahead([group["lr"] for group in self.param_groups])
 
-def num_chunks(numel: int, chunk: int) -> int:
-    """Chunks that so many weights of one parameter group fill."""
-    return -(-numel // chunk**2)
+    @torch.no_grad()
+    def train(self, lr: float | None = None) -> bytes:
+        """Take the gradients into the momentum; this rank's update, for a transport of your own to carry."""
+        self._set_lr(lr)
+        self._weights.restore()
+        return self._train().cpu().numpy().tobytes()
 
+    @torch.no_grad()
+    def optimize(self, updates: Sequence[bytes], lr: float | None = None) -> None:
+        """Apply the updates of all ranks, in the same order everywhere. ``ValueError`` where one is damaged."""
+        self._set_lr(lr)
+        self._weights.restore()
+        for number, update in enumerate(updates):
+            if len(update) != self._payload_bytes:
+                raise ValueError(f"update {number} has {len(update)} bytes, expected {self._payload_bytes}")
+        rows = [torch.frombuffer(bytearray(update), dtype=torch.uint8) for update in updates]
+        if rows:
+            self._move(self._updates.read(torch.stack(rows).to(self._tiles.device), self.steps))
 
-def _numel(parameters: Sequence[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)
+    def extract(self) -> dict[str, Tensor]:
+        """The weights by name, without look-ahead: not copies."""
+        return dict(zip(self._names, (t.detach() for t in self._weights.current()), strict=True))
 
+    def state_dict(self) -> dict[str, Any]:
+        """``{"shared": the same on every rank, "rank": this rank's own}``; not copies. See the module."""
+        shared = {
+            "layout": self._layout,
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
+            "counters": [self.steps, self._updates.refused, self._updates.refused_in_a_row],
+            "rests": {self._names[number]: rest for number, rest in self._weights.rests.items()},
+            "under_way": self._exchange.messages(),
+        }
+        return {"shared": shared, "rank": self._updates.state()}
 
-def _chunks(parameters: Sequence[Tensor], storage: Tensor) -> Iterator[tuple[Tensor, Any]]:
-    """For each parameter, a function from a tensor of its shape to pairs of (region of it, its part of storage)."""
-    chunk = storage.shape[-1]
-    whole, stray = 0, sum(_whole_chunks(p, chunk) for p in parameters) * chunk**2
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; without a "rank" part, from a momentum of zero. Load parameters first."""
+        if (shared := state_dict["shared"])["layout"] != self._layout:
+            raise ConfigError(f"state was saved with {shared['layout']}, this run has {self._layout}: use the same")
+        for group, settings in zip(self.param_groups, shared["param_groups"], strict=True):
+            group.update(settings)
+        self.steps, self._updates.refused, self._updates.refused_in_a_row = shared["counters"]
+        for number, rest in self._weights.rests.items():
+            rest.copy_(shared["rests"][self._names[number]])
+        self._exchange.resume(shared["under_way"])
+        self._updates.load(state_dict.get("rank"))
 
-    for parameter in parameters:
-        rows, columns = _edges(parameter)
-        y, x = rows // chunk, columns // chunk
-        right, bottom = y * chunk * (columns - x * chunk), (rows - y * chunk) * columns
-        grid = storage[whole : whole + y * x].view(y, x, chunk, chunk).permute(0, 2, 1, 3)
-        edge = storage.view(-1)[stray : stray + right].view(y * chunk, columns - x * chunk)
-        foot = storage.view(-1)[stray + right : stray + right + bottom].view(rows - y * chunk, columns)
-        whole, stray = whole + y * x, stray + right + bottom
+    def _train(self) -> Tensor:
+        due = self.verify_every and self.steps % self.verify_every == 0
+        digest = self._weights.digest() if due else 0
+        gradients, rates = [p.grad for p in self._parameters], [group["lr"] for group in self.param_groups]
+        return self._updates.make(gradients, self.compression_decay, rates, digest)
 
-        def pairs(
-            tensor: Tensor, grid: Tensor = grid, edge: Tensor = edge, foot: Tensor = foot
-        ) -> list[tuple[Tensor, Tensor]]:
-            matrix = tensor.view(_edges(tensor))
-            top, side = grid.shape[0] * grid.shape[1], grid.shape[2] * grid.shape[3]
-            return [
-                (matrix[:top, :side].as_strided(grid.shape, _strides(matrix, grid.shape)), grid),
-                (matrix[:top, side:], edge),
-                (matrix[top:], foot),
-            ]
+    def _move(self, said: message.Said | None) -> None:
+        if said is not None:
+            began = time.perf_counter()
+            self._weights.apply(self._tiles.directions(said.chosen), said.moved, self.param_groups)
+            self._tiles.seconds.apply += time.perf_counter() - began
 
-        yield parameter, pairs
+    def _set_lr(self, lr: float | None) -> None:
+        for group in self.param_groups:
+            group["lr"] = group["lr"] if lr is None else lr
 
+    @property
+    def refused(self) -> int:
+        """Steps that were not taken because a gradient was not finite."""
+        return self._updates.refused
 
-def _strides(matrix: Tensor, grid: torch.Size) -> tuple[int, ...]:
-    row, column = matrix.stride()
-    return (row * grid[1], row, column * grid[3], column)
-
-
-def _edges(tensor: Tensor) -> tuple[int, int]:
-    columns = tensor.shape[-1] if tensor.ndim else 1
-    return tensor.numel() // max(columns, 1), columns
-
-
-def _whole_chunks(tensor: Tensor, chunk: int) -> int:
-    rows, columns = _edges(tensor)
-    return (rows // chunk) * (columns // chunk)
-
-
-def _to_bytes(index: Tensor, value: Tensor) -> Tensor:
-    # gloo refuses int16: everything is bytes.
-    return torch.cat([index.to(torch.int16).view(torch.uint8).flatten(), value.view(torch.uint8).flatten()])
-
-
-def _from_bytes(payload: Tensor, chunks: int, topk: int) -> tuple[Tensor, Tensor]:
-    split = 2 * chunks * topk
-    index = payload[:split].clone().view(torch.int16).view(chunks, topk)
-    return index.long(), payload[split:].clone().view(torch.float32).view(chunks, topk)
+    @property
+    def _payload_bytes(self) -> int:
+        return self._tiles.layout.payload_bytes(self.values)
 
 
 def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer: Optimizer) -> DisTrO:
-    trained = list({id(p): p for p in parameters.values() if p.requires_grad}.values())
+    trained = {id(p): (name, p) for name, p in reversed(parameters.items()) if p.requires_grad}
+    ordered = list(reversed(trained.values()))
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in ordered if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
+        {"params": [(n, p) for n, p in ordered if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return DisTrO(
-        [group for group in groups if group["params"]],
-        optimizer.lr,
-        compression_decay=section.compression_decay,
-        compression_topk=section.compression_topk,
-        compression_chunk=section.compression_chunk,
-    )
+    members = [group for group in groups if group["params"]]
+    return DisTrO(members, optimizer.lr, **section.model_dump(exclude={"kind"}))
 
 
 def traffic_per_step(shapes: Sequence[torch.Size], section: Distro, world: int) -> Traffic:
+    groups = [[s for s in shapes if len(s) >= 2], [s for s in shapes if len(s) < 2]]
+    chunk, topk = section.compression_chunk, section.compression_topk
+    layout = layout_of([g for g in groups if g], chunk, topk, section.values, section.cut, _TILE_WEIGHTS["cuda"])
     traffic = Traffic()
-    for group in ([s for s in shapes if len(s) >= 2], [s for s in shapes if len(s) < 2]):
-        chunks = num_chunks(sum(shape.numel() for shape in group), section.compression_chunk)
-        traffic.add_all_gather(6 * section.compression_topk * chunks, world)
+    traffic.add_all_gather(layout.payload_bytes(section.values), world)
     return traffic
