@@ -13,8 +13,8 @@ from sparktrain.config import Distro, Optimizer
 from sparktrain.errors import ConfigError, Diverged
 from sparktrain.train.compression.wire import ChunkCode
 from sparktrain.train.strategies.distro import DisTrO, build, traffic_per_step
-from sparktrain.train.strategies.distro_layout import layout_of
-from sparktrain.train.strategies.distro_weights import digest, join_master, split_master
+from sparktrain.train.strategies.distro.layout import layout_of
+from sparktrain.train.strategies.distro.weights import digest, join_master, split_master
 
 SIZES = [(130, 67), (64, 64), (101,), (3,)]
 

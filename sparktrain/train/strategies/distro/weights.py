@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparktrain.train.strategies.distro_layout import Piece, Tile
-from sparktrain.train.strategies.distro_tiles import Tiles
+from sparktrain.train.strategies.distro.layout import Piece, Tile
+from sparktrain.train.strategies.distro.tiles import Tiles
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DIGEST_BLOCK = 1 << 18
@@ -124,7 +124,7 @@ def digest(tensors: Sequence[Tensor]) -> int:
     place = place.mul_(0x4F1BBCDCBFA53E0B).bitwise_or_(1)
     for tensor in tensors:
         words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
-        for block in words.split(_DIGEST_BLOCK):
+        for block in torch.split(words, _DIGEST_BLOCK):
             part = int((block.to(torch.int64) * place[: len(block)]).sum())
             total = (total * _DIGEST_PRIME + part) % 2**64
     return total

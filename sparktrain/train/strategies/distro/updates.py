@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sparktrain.errors import Diverged
 from sparktrain.train.compression.wire import Values
-from sparktrain.train.strategies import distro_message as message
-from sparktrain.train.strategies.distro_checks import compare_digests, first_not_finite
-from sparktrain.train.strategies.distro_tiles import Chosen, Tiles
+from sparktrain.train.strategies.distro import message as message
+from sparktrain.train.strategies.distro.checks import compare_digests, first_not_finite
+from sparktrain.train.strategies.distro.tiles import Chosen, Tiles
 
 
 class Updates:

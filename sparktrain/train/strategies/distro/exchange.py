@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.distro_checks import agree_on_layout, compare_digests, exchange_digest
+from sparktrain.train.strategies.distro.checks import agree_on_layout, compare_digests, exchange_digest
 
 
 class Exchange:

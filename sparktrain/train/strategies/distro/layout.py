@@ -51,7 +51,7 @@ class Tile(NamedTuple):
 
     kind: int
     first: int
-    count: int
+    chunks: int
     group: int
     pieces: tuple[Piece, ...]
 

@@ -39,14 +39,14 @@ from torch import Tensor
 from sparktrain.config import Distro, Optimizer
 from sparktrain.errors import ConfigError
 from sparktrain.train.compression.wire import VALUES, Values
-from sparktrain.train.strategies import distro_checks as checks
-from sparktrain.train.strategies import distro_message as message
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.distro_exchange import Exchange
-from sparktrain.train.strategies.distro_layout import Cut, layout_of
-from sparktrain.train.strategies.distro_tiles import Seconds, Tiles
-from sparktrain.train.strategies.distro_updates import Updates
-from sparktrain.train.strategies.distro_weights import Weights
+from sparktrain.train.strategies.distro import checks as checks
+from sparktrain.train.strategies.distro import message as message
+from sparktrain.train.strategies.distro.exchange import Exchange
+from sparktrain.train.strategies.distro.layout import Cut, layout_of
+from sparktrain.train.strategies.distro.tiles import Seconds, Tiles
+from sparktrain.train.strategies.distro.updates import Updates
+from sparktrain.train.strategies.distro.weights import Weights
 
 _TILE_WEIGHTS = {"cpu": 64 * 4096, "cuda": 512 * 4096}
 
@@ -65,7 +65,7 @@ class DisTrO(torch.optim.Optimizer):
         overlap: Psyche's form, see the module.
         process_group: ranks to train with; none: all, or this process where torch.distributed is not in use.
         values: how coefficients are sent, see ``wire``.
-        cut: how chunks are cut, "padded" or Psyche's "divisor", see ``distro_layout``.
+        cut: how chunks are cut, "padded" or Psyche's "divisor", see ``layout.py``.
         verify_every: compare a digest of the parameters over ranks every so many steps; 0: in ``sync()`` only.
         max_refused: stop after so many steps in a row with gradients that are not finite.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparktrain.train.compression.dct import Dct
 from sparktrain.train.compression.topk import Selector, storage_positions
-from sparktrain.train.strategies.distro_layout import Layout, Piece, Tile
+from sparktrain.train.strategies.distro.layout import Layout, Piece, Tile
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Tiles:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
-        most = [max(t.count for t in layout.tiles if t.kind == number) for number in range(len(layout.kinds))]
+        most = [max(t.chunks for t in layout.tiles if t.kind == number) for number in range(len(layout.kinds))]
         self.transforms = [Dct(k.height, k.width, c, device) for k, c in zip(layout.kinds, most, strict=True)]
         self.selectors = [Selector(*k, c, device) for k, c in zip(layout.kinds, most, strict=True)]
         self.momentum = [
@@ -63,8 +63,8 @@ class Tiles:
     def _tile_momentum(self, tile: Tile) -> Tensor:
         """[H, C, W], a view."""
         kind = self.layout.kinds[tile.kind]
-        flat = self.momentum[tile.kind][tile.first * kind.area : (tile.first + tile.count) * kind.area]
-        return flat.view(kind.height, tile.count, kind.width)
+        flat = self.momentum[tile.kind][tile.first * kind.area : (tile.first + tile.chunks) * kind.area]
+        return flat.view(kind.height, tile.chunks, kind.width)
 
     def nothing(self) -> Chosen:
         """What a rank sends that has no gradient: everything absent."""
@@ -108,7 +108,7 @@ class Tiles:
                 continue
             self.transforms[tile.kind].accumulate(gradient, momentum, decay, rates[tile.group])
             selecting = time.perf_counter()
-            chunks = slice(tile.first, tile.first + tile.count)
+            chunks = slice(tile.first, tile.first + tile.chunks)
             selected = self.selectors[tile.kind](momentum)
             chosen.index[tile.kind][chunks] = selected.indices
             chosen.value[tile.kind][chunks] = selected.values
@@ -126,7 +126,7 @@ class Tiles:
             received: as :class:`Chosen`, with a first dimension R: index [R, chunks, K], value [R, chunks, K].
         """
         for tile in self.layout.tiles:
-            chunks = slice(tile.first, tile.first + tile.count)
+            chunks = slice(tile.first, tile.first + tile.chunks)
             samples = self._mean(tile, received.index[tile.kind][:, chunks], received.value[tile.kind][:, chunks])
             yield from self._pieces(tile, samples)
 
@@ -159,7 +159,7 @@ class Tiles:
         return part.view(down, across, kind.height, kind.width).transpose(1, 2)
 
     def _add(self, tile: Tile, sent: Chosen, sign: int) -> None:
-        chunks = slice(tile.first, tile.first + tile.count)
+        chunks = slice(tile.first, tile.first + tile.chunks)
         position, value = sent.position[tile.kind][chunks], sent.value[tile.kind][chunks]
         # Where less was sent than could be, position 0 stands with the value 0.
         self._tile_momenta[tile].view(-1).index_add_(0, position.view(-1), value.view(-1), alpha=sign)
@@ -173,11 +173,11 @@ class Tiles:
         matrix, piece = matrices[tile.pieces[0].parameter], tile.pieces[0]
         if len(tile.pieces) == 1 and matrix is not None and matrix.dtype == torch.float32 and piece.whole:
             return self.region(matrix, tile, piece).transpose(0, 1)
-        buffer = self._gradient[: tile.count * kind.area]
+        buffer = self._gradient[: tile.chunks * kind.area]
         # Whole chunks are laid out as the transform reads them; a string is flat, chunk after chunk.
         whole = piece.whole
-        chunks = buffer.view(kind.height, tile.count, kind.width).transpose(0, 1)
-        chunks = chunks if whole else buffer.view(tile.count, kind.height, kind.width)
+        chunks = buffer.view(kind.height, tile.chunks, kind.width).transpose(0, 1)
+        chunks = chunks if whole else buffer.view(tile.chunks, kind.height, kind.width)
         if not whole or len(present) < len(tile.pieces):
             buffer.zero_()
         for piece in present:
@@ -194,9 +194,9 @@ class Tiles:
         if few:
             index_CK, value_CK = self._merge(tile, index_RCK, value_RCK)
             return transform.inverse_sparse(index_CK.clamp(max=kind.area - 1), value_CK)
-        total = self._sum[: tile.count * kind.area]
+        total = self._sum[: tile.chunks * kind.area]
         positions = self._add_up(tile, index_RCK, value_RCK)
-        samples = transform.inverse(total.view(kind.height, tile.count, kind.width)).transpose(0, 1)
+        samples = transform.inverse(total.view(kind.height, tile.chunks, kind.width)).transpose(0, 1)
         for position in positions:
             self._sum[position] = 0
         return samples
@@ -224,6 +224,6 @@ class Tiles:
             return index_RCK[0], value_RCK[0]
         values = []
         for position in self._add_up(tile, index_RCK, value_RCK):
-            values.append(self._sum[position].view(tile.count, -1))
+            values.append(self._sum[position].view(tile.chunks, -1))
             self._sum[position] = 0
-        return index_RCK.transpose(0, 1).reshape(tile.count, -1), torch.cat(values, 1)
+        return index_RCK.transpose(0, 1).reshape(tile.chunks, -1), torch.cat(values, 1)
