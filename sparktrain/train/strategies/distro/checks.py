@@ -17,6 +17,9 @@ from sparktrain.errors import ConfigError, Diverged
 
 _TEXT = 256
 
+# Its name before torch 2.13, where the old one warns on every rank.
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
     """Names of named parameters, numbers of others."""
@@ -145,7 +148,7 @@ def _gather(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     data = mine.contiguous().view(torch.uint8)
     world = dist.get_world_size(group)
     everyones = torch.empty(world * len(data), dtype=torch.uint8, device=mine.device)
-    dist.all_gather_into_tensor(everyones, data, group=group)
+    all_gather(everyones, data, group=group)
     return everyones.view(mine.dtype).view(world, -1)
 
 

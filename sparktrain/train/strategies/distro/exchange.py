@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.distro.checks import agree_on_layout, compare_digests, exchange_digest
+from sparktrain.train.strategies.distro.checks import agree_on_layout, all_gather, compare_digests, exchange_digest
 
 
 class Exchange:
@@ -50,7 +50,7 @@ class Exchange:
             self._everyones = message.unsqueeze(0)
             return
         everyones = message.new_empty(self.world * len(message))
-        self._work = dist.all_gather_into_tensor(everyones, message, group=self._group, async_op=True)
+        self._work = all_gather(everyones, message, group=self._group, async_op=True)
         self._everyones = everyones.view(self.world, -1)
 
     def messages(self) -> Tensor | None:
