@@ -1,9 +1,9 @@
 """Token shards: one file per format and a table of them. A shard is a file of tokens; all formats read alike.
 
-A format module has ``inspect(path) -> Shard`` (cheap: no token is read) and names its suffix in ``FORMATS``.
+A format module has ``inspect(source, open_if_there) -> Shard`` (cheap: no token is read), which is one row of
+``FORMATS``; ``open_if_there`` finds side files. Where the bytes are is ``sources/``.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +13,12 @@ import numpy.typing as npt
 from sparktrain.errors import DataError
 from sparktrain.tokens import ds
 from sparktrain.tokens.shard import Shard
+from sparktrain.tokens.source import Opener, Source
+from sparktrain.tokens.sources import open_if_there, open_source
 
 __all__ = ["FORMATS", "Shard", "TokenFile", "find_shards", "inspect", "read_windows"]
 
-FORMATS: dict[str, Callable[[str], Shard]] = {
+FORMATS: dict[str, Callable[[Source, Opener], Shard]] = {
     ".ds": ds.inspect,
 }
 
@@ -33,32 +35,27 @@ def find_shards(directory: Path) -> list[str]:
 
 def inspect(path: str) -> Shard:
     """What ``path`` holds, judged by its suffix. Raises :class:`DataError` for a file that cannot be a shard."""
-    return FORMATS[Path(path).suffix](path)
+    source = open_source(path)
+    shard = FORMATS[Path(path).suffix](source, open_if_there)
+    source.close()
+    return shard
 
 
 class TokenFile:
-    """An open shard. Reads with ``pread``: a file truncated under us is an error, where a memory map is a SIGBUS."""
+    """An open shard."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        try:
-            self._fd = os.open(shard.path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"shard {shard.path} cannot be read: {error.strerror}") from error
+        self._source = open_source(shard.path)
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Tokens [start, start + length), as int64 ``[length]``."""
         size = self.shard.token_size
-        raw = os.pread(self._fd, length * size, start * size)
-        if len(raw) != length * size:
-            raise DataError(
-                f"shard {self.shard.path} ends at byte {start * size + len(raw)}, expected at least "
-                f"{(start + length) * size}: it was truncated after the plan was made; restore it"
-            )
+        raw = self._source.read(start * size, length * size)
         return np.frombuffer(raw, dtype=f"<u{size}").astype(np.int64)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._source.close()
 
 
 def read_windows(windows: list[tuple[TokenFile, int]], sequence_length: int) -> npt.NDArray[np.int64]:

@@ -7,7 +7,6 @@
 Layout as written by datatrove's ``DocumentTokenizer`` (github.com/huggingface/datatrove).
 """
 
-import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from sparktrain.errors import DataError
 from sparktrain.tokens.shard import Shard
+from sparktrain.tokens.source import Opener, Source
 
 
 def token_size_for(vocab_size: int) -> int:
@@ -24,13 +24,10 @@ def token_size_for(vocab_size: int) -> int:
     return 2 if vocab_size <= 2**16 else 4
 
 
-def inspect(path: str) -> Shard:
-    """The shard at ``path``; token size from its ``.metadata``, or 2 where there is none."""
-    try:
-        num_bytes = os.stat(path).st_size
-    except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
-    token_size, claimed = _read_metadata(path)
+def inspect(source: Source, open_if_there: Opener) -> Shard:
+    """The shard that ``source`` is; token size from its ``.metadata``, or 2 where there is none."""
+    path, num_bytes = source.uri, source.size()
+    token_size, claimed = _read_metadata(path, open_if_there)
     if num_bytes == 0:
         raise DataError(f"shard {path} is empty: remove it or write it again")
     if num_bytes % token_size:
@@ -67,12 +64,14 @@ def write(path: Path, documents: Iterable[npt.NDArray[np.int64]], vocab_size: in
     return Shard(str(path), total, token_size)
 
 
-def _read_metadata(path: str) -> tuple[int, int | None]:
+def _read_metadata(path: str, open_if_there: Opener) -> tuple[int, int | None]:
     """Token size and token count from the ``.metadata`` of ``path``; (2, None) where there is none."""
-    file = Path(f"{path}.metadata")
-    if not file.exists():
+    file = f"{path}.metadata"
+    source = open_if_there(file)
+    if source is None:
         return 2, None
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = source.read(0, source.size()).decode(errors="replace").splitlines()
+    source.close()
     size = lines[0].rpartition("|")[2] if lines else ""
     if size not in ("2", "4") or len(lines) < 2 or not lines[1].isdigit():
         raise DataError(

@@ -1,0 +1,47 @@
+"""A file of this machine, or of a file system mounted on it.
+
+Read with ``pread``: a file that is truncated under us is an error, where a memory map is a SIGBUS.
+"""
+
+import os
+from urllib.parse import unquote, urlsplit
+
+from sparktrain.errors import DataError
+
+
+class LocalSource:
+    """See :class:`sparktrain.tokens.source.Source`."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises FileNotFoundError where there is nothing, :class:`DataError` where it may not be read."""
+        self.uri = uri
+        path = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DataError(f"shard {uri} cannot be read: {error.strerror}") from error
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        raw = os.pread(self._fd, length, offset)
+        if len(raw) != length:
+            raise DataError(
+                f"shard {self.uri} ends at byte {offset + len(raw)}, expected at least {offset + length}: "
+                "it was truncated after the plan was made; restore it"
+            )
+        return raw
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def open_if_there(uri: str) -> LocalSource | None:
+    """See :data:`sparktrain.tokens.source.Opener`."""
+    try:
+        return LocalSource(uri)
+    except FileNotFoundError:
+        return None
