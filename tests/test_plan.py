@@ -85,7 +85,7 @@ def test_rows_cover_each_epoch_and_steps_straddle_it() -> None:
 
 def test_windows_overlap_by_one_token_and_stay_inside_the_shard() -> None:
     for tokens in range(60):
-        count = plan.count_microshards(tokens, 16)
+        count = plan.count_microshards(Shard("a.ds", tokens, 2), 16)
         assert count == len([start for start in range(0, tokens, 16) if start + 17 <= tokens])
 
 

@@ -9,7 +9,7 @@ from sparktrain import plan, tokens
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec
 from sparktrain.rundir import RunDir
-from sparktrain.spark import planner
+from sparktrain.spark import index, planner
 from sparktrain.tokens import Shard
 
 
@@ -34,7 +34,7 @@ def test_sql_gives_the_same_rows_as_arithmetic(spark: Any, num_tokens: list[int]
 
 
 def test_the_plan_on_disk_is_disjoint_and_complete_by_sql(spark: Any, data: Path, tmp_path: Path) -> None:
-    indexed = planner.index_shards(spark, data / "train")
+    indexed = index.index_shards(spark, data / "train")
     assert [shard for shard, _ in indexed] == [tokens.inspect(p) for p in tokens.find_shards(data / "train")]
     spec = PlanSpec(tuple(shard for shard, _ in indexed), 32, total_batch=9, steps=100, seed=1)
     directory = RunDir(tmp_path)
