@@ -119,8 +119,9 @@ class TokenFile:
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Tokens [start, start + length), as int64 ``[length]``; of rows, whole ones."""
+        self._check_rows(start, length)
         if self._rows:
-            return self._whole_rows(start, length).tokens
+            return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length).tokens
         size = self.shard.token_size
         raw_ = self._source.read(self.shard.offset + start * size, length * size)
         return np.frombuffer(raw_, dtype=f"<{'i' if self.shard.signed else 'u'}{size}").astype(np.int64)
@@ -128,7 +129,8 @@ class TokenFile:
     def window(self, start: int, length: int) -> Window:
         """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents."""
         if self._rows:
-            return self._whole_rows(start, length)
+            self._check_rows(start, length)
+            return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length)
         tokens, labels = self.read(start, length), None
         if self._mask:
             mask = np.frombuffer(self._mask.read(start, length), dtype=np.uint8)
@@ -154,15 +156,13 @@ class TokenFile:
             self._mask.close()
         self._source.close()
 
-    def _whole_rows(self, start: int, length: int) -> Window:
-        assert self._rows
+    def _check_rows(self, start: int, length: int) -> None:
         width = self.shard.row_length
-        if start % width or length % width:
+        if width and (start % width or length % width):
             raise DataError(
                 f"shard {self.shard.path} has rows of {width} tokens, asked for {length} from token {start}: a row is "
                 f"read whole; make data.sequence_length such that a window is {width} tokens"
             )
-        return self._rows.read(start // width, (start + length) // width)
 
 
 def read_windows(windows: list[tuple[TokenFile, int]], length: int) -> npt.NDArray[np.int64]:

@@ -49,7 +49,7 @@ def misread(head: bytes, token_size: int) -> str | None:
     if token_size == 2:
         if second < _SMALL and first > 255:
             return "4-byte tokens (every other 2-byte one is almost 0): set data.token_size to 4"
-        if first < _SMALL and second > 255:
+        if int(halves[:, 0].byteswap().max()) < _SMALL and second > 255:
             return "big-endian 4-byte tokens: write it little-endian"
         low, high = int((halves & 255).max()), int((halves >> 8).max())
         if halves.size >= 1024 and low < 200 and high >= 250:

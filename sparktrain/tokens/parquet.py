@@ -28,7 +28,7 @@ from sparktrain.tokens.shard import Shard
 from sparktrain.tokens.source import Opener, Source
 
 _TOKENS = ("inputs", "input_ids")
-_LEAST = {"labels": IGNORED, "position_ids": 0, "sequence_lengths": 1}
+_LEAST = {"labels": 0, "position_ids": 0, "sequence_lengths": 1}
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 # Decoded row groups kept by all readers of a process together, and the most that one may have.
 _KEPT_BYTES = 256 << 20
@@ -46,7 +46,8 @@ def inspect(source: Source, open_if_there: Opener, token_size: int | None) -> Sh
     schema, metadata = file.schema_arrow, file.metadata
     name = _column(path, schema)
     columns = tuple(column for column in _LEAST if column in schema.names)
-    for column in (name, *columns):
+    used = (name, *columns)
+    for column in used:
         kind = schema.field(column).type
         if not any(is_list(kind) for is_list in _LISTS) or not pa.types.is_integer(kind.value_type):
             raise DataError(f"shard {path} has column {column} of type {kind}, expected lists of integers")
@@ -55,13 +56,16 @@ def inspect(source: Source, open_if_there: Opener, token_size: int | None) -> Sh
     num_tokens = 0
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
-        if group.total_byte_size > _GROUP_BYTES:
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        values = {
+            column: sum(c.num_values for c in chunks if c.path_in_schema.split(".")[0] == column) for column in used
+        }
+        num_tokens += values[name]
+        if 8 * sum(values.values()) > _GROUP_BYTES:
             raise DataError(
-                f"shard {path} has {group.total_byte_size} bytes in row group {i}, more than the {_GROUP_BYTES} that "
-                "are read at a time: write it with smaller row groups"
+                f"shard {path} has {sum(values.values())} values in row group {i}, more than the {_GROUP_BYTES // 8} "
+                "that are read at a time: write it with smaller row groups"
             )
-        chunks = (group.column(j) for j in range(group.num_columns))
-        num_tokens += sum(c.num_values for c in chunks if c.path_in_schema.split(".")[0] == name)
     row_length, left = divmod(num_tokens, metadata.num_rows)
     if left or not row_length:
         raise DataError(
@@ -75,8 +79,8 @@ def inspect(source: Source, open_if_there: Opener, token_size: int | None) -> Sh
 class Rows:
     """The rows of an open shard. Raises :class:`DataError` for what is no window of tokens, when it is decoded."""
 
-    def __init__(self, shard: Shard, source: Source) -> None:
-        self._shard = shard
+    def __init__(self, shard: Shard, source: Source, kept: "Kept | None" = None) -> None:
+        self._shard, self._kept = shard, kept or _KEPT
         with _in_one_line(shard.path):
             self._file = pq.ParquetFile(_File(source))
         metadata = self._file.metadata
@@ -101,11 +105,11 @@ class Rows:
         return Window(columns.pop(self._column), **columns)
 
     def close(self) -> None:
-        _KEPT.drop(self)
+        self._kept.drop(self)
         self._file.close()
 
     def _group(self, i: int) -> _Group:
-        return _KEPT.get(self, i, lambda: self._decode(i))
+        return self._kept.get(self, i, lambda: self._decode(i))
 
     def _decode(self, i: int) -> _Group:
         shard = self._shard
@@ -123,8 +127,12 @@ class Rows:
                 r = int(wrong[0])
                 raise DataError(f"{where} row {r} of {lengths[r]} values, expected {shard.row_length}: pack or pad it")
             least = _LEAST.get(name, 0)
-            if ((bad := values < least) & (values != IGNORED if name == "labels" else True)).any():
-                raise DataError(f"{where} the value {values[bad][0]}, expected {least} or more: write it again")
+            wrong_ones = values[(values < least) & ((values != IGNORED) | (name != "labels"))]
+            if wrong_ones.size:
+                or_ignored = f", or {IGNORED}" if name == "labels" else ""
+                raise DataError(
+                    f"{where} the value {wrong_ones[0]}, expected {least} or more{or_ignored}: write it again"
+                )
             group[name] = (values, offsets)
         return group
 
@@ -155,15 +163,16 @@ def _flat(column: pa.Array, where: str) -> tuple[npt.NDArray[Any], Ints]:
     return values, offsets
 
 
-class _Kept:
-    """Row groups decoded last, by all readers of this process, up to ``_KEPT_BYTES``."""
+class Kept:
+    """Row groups decoded last, up to ``limit`` bytes of them, or one."""
 
-    def __init__(self) -> None:
-        self._groups: OrderedDict[tuple[int, int], tuple[int, _Group]] = OrderedDict()
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._groups: OrderedDict[tuple[Rows, int], tuple[int, _Group]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, reader: Rows, i: int, decode: Callable[[], _Group]) -> _Group:
-        key = (id(reader), i)
+        key = (reader, i)
         with self._lock:
             if key in self._groups:
                 self._groups.move_to_end(key)
@@ -172,17 +181,17 @@ class _Kept:
         size = sum(values.nbytes + offsets.nbytes for values, offsets in group.values())
         with self._lock:
             self._groups[key] = (size, group)
-            while len(self._groups) > 1 and sum(kept for kept, _ in self._groups.values()) > _KEPT_BYTES:
+            while len(self._groups) > 1 and sum(kept for kept, _ in self._groups.values()) > self._limit:
                 self._groups.popitem(last=False)
         return group
 
     def drop(self, reader: Rows) -> None:
         with self._lock:
-            for key in [key for key in self._groups if key[0] == id(reader)]:
+            for key in [key for key in self._groups if key[0] is reader]:
                 del self._groups[key]
 
 
-_KEPT = _Kept()
+_KEPT = Kept(_KEPT_BYTES)
 
 
 class _File(io.RawIOBase):

@@ -4,6 +4,7 @@ Read with ``pread``: a file that is truncated under us is an error, where a memo
 """
 
 import os
+import stat
 from urllib.parse import unquote, urlsplit
 
 from sparktrain.errors import DataError
@@ -17,11 +18,15 @@ class LocalSource:
         self.uri = uri
         path = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            # Not to wait for the writer of a pipe, which has no effect on files.
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise DataError(f"shard {uri} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise DataError(f"shard {uri} cannot be read: it is no regular file")
 
     def size(self) -> int:
         return os.fstat(self._fd).st_size
@@ -29,8 +34,9 @@ class LocalSource:
     def read(self, offset: int, length: int) -> bytes:
         raw = os.pread(self._fd, length, offset)
         if len(raw) != length:
+            end = min(offset + len(raw), self.size())
             raise DataError(
-                f"shard {self.uri} ends at byte {offset + len(raw)}, expected at least {offset + length}: "
+                f"shard {self.uri} ends at byte {end}, expected at least {offset + length}: "
                 "it was truncated after the plan was made; restore it"
             )
         return raw
