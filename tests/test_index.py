@@ -46,6 +46,11 @@ def negative(directory: Path) -> None:
     np.save(directory / "n.npy", np.array([*range(70), -1, 3], dtype="<i4"))
 
 
+def masked(directory: Path) -> None:
+    mixed(directory)
+    (directory / "a.ds.loss").write_bytes(bytes([1] * 99 + [2] + [0] * 100))
+
+
 def null(directory: Path) -> None:
     pq.write_table(pa.table({"input_ids": [[1, 2], [3, None]]}), directory / "e.parquet")
 
@@ -65,6 +70,7 @@ def test_shards_of_every_format_are_indexed_as_inspected(spark: Any, tmp_path: P
     [
         (same, r"b\.bin and .*z\.npy hold the same tokens: remove one of them"),
         (falling, r"a\.ds\.index falls at byte 8: document 1 ends at token 50"),
+        (masked, r"a\.ds\.loss has 2 at byte 99, expected 0 or 1"),
         (negative, r"n\.npy has token id -1 at token 70"),
         (null, r"e\.parquet has in row group 0, column input_ids, a row or value that is null"),
     ],

@@ -1,6 +1,6 @@
 """Shards that others wrote: datatrove's bytes as numbers, datatrove itself where installed, Psyche's shard where there.
 
-``pip install datatrove orjson`` in an environment with sparktrain runs what is skipped without it.
+``pip install -e .[interop]`` runs what is skipped without datatrove.
 """
 
 import hashlib

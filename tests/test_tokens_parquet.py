@@ -16,6 +16,7 @@ from sparktrain import plan, tokens
 from sparktrain.errors import DataError
 from sparktrain.plan import PlanSpec
 from sparktrain.tokens import IGNORED, Shard, TokenFile, parquet, sources
+from sparktrain.tokens.kept import Kept
 
 ROWS, LENGTH = 23, 6
 IDS = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) * 31 % 1000
@@ -125,12 +126,15 @@ def test_a_row_group_is_read_alone_and_once_for_all_windows_in_it(tmp_path: Path
 def test_kept_row_groups_are_bounded(tmp_path: Path) -> None:
     shard = tokens.inspect(str(write(tmp_path / "a.parquet", {"input_ids": IDS}, group=1)))
     bytes_of_a_row = 8 * LENGTH + 8 * 2
-    kept = parquet.Kept(5 * bytes_of_a_row)
+    kept: Kept[parquet.Rows, Any] = Kept(5 * bytes_of_a_row)
     rows = parquet.Rows(shard, sources.open_source(shard.path), kept)
     assert rows.read(0, ROWS).tokens.tolist() == IDS.ravel().tolist()
-    assert sorted(row for _, row in kept._groups) == [18, 19, 20, 21, 22]
+    assert kept.numbers(rows) == [18, 19, 20, 21, 22]
+    rows.read(18, 19)
+    rows.read(0, 1)
+    assert kept.numbers(rows) == [0, 18, 20, 21, 22]
     rows.close()
-    assert not kept._groups
+    assert not kept.numbers(rows)
 
 
 UNEVEN = [list(range(LENGTH))] * 3 + [list(range(LENGTH - 1)), list(range(LENGTH + 1))]
@@ -164,6 +168,15 @@ def test_what_is_no_row_of_tokens_is_one_line(
     tmp_path: Path, columns: dict[str, Any], types: dict[str, pa.DataType], message: str
 ) -> None:
     refused(write(tmp_path / "a.parquet", columns, types), message)
+
+
+def test_padding_is_refused_unless_labels_say_it_is_no_target(tmp_path: Path) -> None:
+    columns = {"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 0]]}
+    refused(write(tmp_path / "a.parquet", columns), "has tokens in row group 0 that attention_mask leaves out, padding")
+    labelled = columns | {"labels": [[1, 2], [3, IGNORED]]}
+    assert tokens.inspect(str(write(tmp_path / "b.parquet", labelled))).columns == ("labels",)
+    full = {"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 1]]}
+    assert tokens.inspect(str(write(tmp_path / "c.parquet", full))).columns == ()
 
 
 def test_large_ids_are_not_cast_down(tmp_path: Path) -> None:

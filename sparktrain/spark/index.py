@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +104,9 @@ def _pieces(shard: Shard) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
     file, width = tokens.TokenFile(shard), shard.row_length or 1
     step = max(1, _SCAN // width) * width
     for start in range(0, shard.num_tokens, step):
-        yield start, file.read(start, min(step, shard.num_tokens - start))
+        length = min(step, shard.num_tokens - start)
+        # Of labels, that they are valid.
+        yield start, file.window(start, length).tokens if shard.columns else file.read(start, length)
     file.close()
 
 
@@ -113,13 +115,13 @@ def _read(shard: Shard) -> tuple[int, str]:
     file = tokens.TokenFile(shard)
     file.document_ends()
     file.close()
-    largest, digest = 0, blake2b(digest_size=16)
+    largest, digest = 0, sha256()
     for start, piece in _pieces(shard):
         if piece.min() < 0:
             at = int(np.argmax(piece < 0))
             raise DataError(f"shard {shard.path} has token id {piece[at]} at token {start + at}: write it again")
-        largest = max(largest, int(piece.max()))
-        digest.update(piece.data)
+        largest = max(largest, here := int(piece.max()))
+        digest.update(piece.astype("<u4").data if here < 2**32 else piece.data)
     return largest, digest.hexdigest()
 
 

@@ -5,15 +5,15 @@
 ``position_ids``      lists of the same length
 ``sequence_lengths``  lists of any length: tokens of each document packed in the row; what they leave is one more
 
-The last three may be missing; other columns are not read. As a row was cut by whoever wrote it, it is trained on whole:
+The last three may be missing; other columns are not read, but an ``attention_mask`` that leaves tokens out is refused
+where no ``labels`` say that they are no targets. As a row was cut by whoever wrote it, it is trained on whole:
 rows of L tokens need a window of L. A row group is decoded at a time, and the last few are kept, as the plan's order
 comes back to them: many small row groups (some 1,000 rows) read fastest.
 """
 
 import io
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparktrain.errors import DataError
+from sparktrain.tokens.kept import Kept
 from sparktrain.tokens.sequences import IGNORED, Ints, Window
 from sparktrain.tokens.shard import Shard
 from sparktrain.tokens.source import Opener, Source
@@ -61,6 +62,7 @@ def inspect(source: Source, open_if_there: Opener, token_size: int | None) -> Sh
             column: sum(c.num_values for c in chunks if c.path_in_schema.split(".")[0] == column) for column in used
         }
         num_tokens += values[name]
+        _check_mask(path, i, columns, chunks)
         if 8 * sum(values.values()) > _GROUP_BYTES:
             raise DataError(
                 f"shard {path} has {sum(values.values())} values in row group {i}, more than the {_GROUP_BYTES // 8} "
@@ -76,10 +78,20 @@ def inspect(source: Source, open_if_there: Opener, token_size: int | None) -> Sh
     return Shard(path, num_tokens, size, "parquet", row_length=row_length, columns=columns)
 
 
+def _check_mask(path: str, i: int, columns: tuple[str, ...], chunks: list[Any]) -> None:
+    """Padding would be trained on: told by the statistics of row group ``i``, where they are there."""
+    masks = [c.statistics for c in chunks if c.path_in_schema.split(".")[0] == "attention_mask"]
+    if "labels" not in columns and any(m and m.has_min_max and m.min == 0 for m in masks):
+        raise DataError(
+            f"shard {path} has tokens in row group {i} that attention_mask leaves out, padding: pack the rows, or add "
+            f"labels that are {IGNORED} there"
+        )
+
+
 class Rows:
     """The rows of an open shard. Raises :class:`DataError` for what is no window of tokens, when it is decoded."""
 
-    def __init__(self, shard: Shard, source: Source, kept: "Kept | None" = None) -> None:
+    def __init__(self, shard: Shard, source: Source, kept: "Kept[Rows, _Group] | None" = None) -> None:
         self._shard, self._kept = shard, kept or _KEPT
         with _in_one_line(shard.path):
             self._file = pq.ParquetFile(_File(source))
@@ -109,7 +121,7 @@ class Rows:
         self._file.close()
 
     def _group(self, i: int) -> _Group:
-        return self._kept.get(self, i, lambda: self._decode(i))
+        return self._kept.get(self, i, lambda: self._decode(i), _size)
 
     def _decode(self, i: int) -> _Group:
         shard = self._shard
@@ -151,6 +163,10 @@ class Rows:
         return np.insert(values.astype(np.int64), offsets[1:][short], left[short]), offsets + shift
 
 
+def _size(group: _Group) -> int:
+    return sum(values.nbytes + offsets.nbytes for values, offsets in group.values())
+
+
 def _flat(column: pa.Array, where: str) -> tuple[npt.NDArray[Any], Ints]:
     """Values of a list column, and where each row's begin."""
     if column.null_count or column.flatten().null_count:
@@ -163,35 +179,7 @@ def _flat(column: pa.Array, where: str) -> tuple[npt.NDArray[Any], Ints]:
     return values, offsets
 
 
-class Kept:
-    """Row groups decoded last, up to ``limit`` bytes of them, or one."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._groups: OrderedDict[tuple[Rows, int], tuple[int, _Group]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, reader: Rows, i: int, decode: Callable[[], _Group]) -> _Group:
-        key = (reader, i)
-        with self._lock:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-                return self._groups[key][1]
-        group = decode()
-        size = sum(values.nbytes + offsets.nbytes for values, offsets in group.values())
-        with self._lock:
-            self._groups[key] = (size, group)
-            while len(self._groups) > 1 and sum(kept for kept, _ in self._groups.values()) > self._limit:
-                self._groups.popitem(last=False)
-        return group
-
-    def drop(self, reader: Rows) -> None:
-        with self._lock:
-            for key in [key for key in self._groups if key[0] is reader]:
-                del self._groups[key]
-
-
-_KEPT = Kept(_KEPT_BYTES)
+_KEPT: "Kept[Rows, _Group]" = Kept(_KEPT_BYTES)
 
 
 class _File(io.RawIOBase):
