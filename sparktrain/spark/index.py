@@ -58,6 +58,7 @@ def index_shards(spark: SparkSession, directory: Path, token_size: int | None = 
 def check_shards(shards: Sequence[tuple[Shard, int]], data: Data, vocab_size: int, setting: str) -> None:
     """Raises :class:`DataError` for a shard without one whole sequence, cut into other rows than the windows of
     ``data``, or with a token id the model does not know; and where shards come from different tokenizers."""
+    tokens.check_alike([shard for shard, _ in shards])
     length = window_length(data.window, data.sequence_length)
     for shard, max_token in shards:
         if shard.columns:
@@ -83,7 +84,6 @@ def check_shards(shards: Sequence[tuple[Shard, int]], data: Data, vocab_size: in
                 f"shard {shard.path} has token id {where[1]} at token {where[0]}, but the model's vocab_size is "
                 f"{vocab_size}: use the tokenizer that the shards were made with or set model.sizes.vocab_size"
             )
-    tokens.check_alike([shard for shard, _ in shards])
 
 
 def _inspect(token_size: int | None, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

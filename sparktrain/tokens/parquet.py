@@ -7,8 +7,9 @@
 
 The last three may be missing; other columns are not read, but an ``attention_mask`` that leaves tokens out is refused
 where no ``labels`` say that they are no targets. As a row was cut by whoever wrote it, it is trained on whole:
-rows of L tokens need a window of L. A row group is decoded at a time, and the last few are kept, as the plan's order
-comes back to them: many small row groups (some 1,000 rows) read fastest.
+rows of L tokens need a window of L. A row group is decoded at a time, and the last ones are kept, up to 256 MiB. The
+plan's order is random, so in larger data each row costs its row group: write groups of 100 rows or fewer (1 million
+tokens/s and core where rows have 2,048 tokens; 0.05 million with groups of 1,000).
 """
 
 import io
