@@ -26,13 +26,19 @@ class Run(Section):
 
 class Data(Section):
     path: Path = Path("data/train")
-    """Directory with the token shards (*.ds) to train on. Every executor must be able to read it."""
+    """Directory with the token shards (*.ds, *.bin, *.npy, *.parquet) to train on. Every executor must be able to read
+    it."""
     heldout: Path | None = None
     """Directory with shards to measure the held-out loss on, before and after training."""
     heldout_sequences: int = Field(256, ge=1)
     """At most so many held-out sequences are measured: evenly spaced, the same for any number of ranks."""
     sequence_length: int = Field(1024, ge=2)
-    """Tokens a sequence is trained on; S+1 tokens are read at stride S, so that no boundary token is lost."""
+    """S, tokens from one sequence to the next."""
+    window: Literal["overlap1", "psyche"] = "overlap1"
+    """overlap1: S+1 tokens are read and S predicted, so that no boundary token is lost; psyche: S tokens are read and
+    S-1 predicted, as Psyche cuts the same file."""
+    token_size: Literal[2, 4] | None = None
+    """Bytes per token of files that do not say it (raw .bin and .npy, .ds without .metadata); none: 2."""
 
 
 class Model(Section):

@@ -1,11 +1,15 @@
 """Which sequence is trained on when, and by whom: pure arithmetic on arrays, the same in driver, ranks and tests.
 
-A **microshard** is one sequence's window of S+1 tokens in a shard (S of them are predicted; windows overlap by one
-token, so that only a shard's first token is never a target). Microshards are numbered 0..N-1 through the shards in
-order. **Positions** p = 0, 1, 2, ... are the order of training: p belongs to epoch ``p // N`` and holds microshard
-``permute(p % N)``, a keyed bijection of that epoch. **Step** s is positions [s*B, (s+1)*B); **slot** j is its j-th.
-Rank r of W takes slots [r*B//W, (r+1)*B//W). Nothing here but ``slots_of`` knows the number of ranks, so the global
-batch of a step cannot depend on it, and the loader's whole state is one integer.
+A **microshard** is one sequence's window of tokens in a shard. The window rule says how a shard of N tokens is cut:
+``overlap1`` reads S+1 tokens at stride S, all but the first are predicted, and as windows overlap by one token only a
+shard's first token is never a target; ``psyche`` reads S tokens at stride S, of which S-1 are predicted, as Psyche's
+local provider does. Both find floor((N-1)/S) windows. A file of rows was cut by whoever wrote it: a row is a window.
+
+Microshards are numbered 0..N-1 through the shards in order. **Positions** p = 0, 1, 2, ... are the order of training:
+p belongs to epoch ``p // N`` and holds microshard ``permute(p % N)``, a keyed bijection of that epoch. **Step** s is
+positions [s*B, (s+1)*B); **slot** j is its j-th. Rank r of W takes slots [r*B//W, (r+1)*B//W). Nothing here but
+``slots_of`` knows the number of ranks, so the global batch of a step cannot depend on it, and the loader's whole state
+is one integer.
 
 The bijection (``sparktrain-shuffle-v1``) is a Feistel network over the mixed radix a*b >= N with a = ceil(sqrt(N)),
 whose round function is Spark's ``xxhash64(right, key) pmod 2^31-1``, so that ``spark/planner.py`` computes the same
@@ -27,6 +31,8 @@ from sparktrain.tokens.shard import Shard
 Ints = npt.NDArray[np.int64]
 
 ROUNDS = 6
+# Window rules: tokens read beyond S.
+WINDOWS = {"overlap1": 1, "psyche": 0}
 _MODULUS = 2**31 - 1
 _P1, _P2, _P3 = (np.uint64(p) for p in (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
 _P4, _P5 = (np.uint64(p) for p in (0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5))
@@ -54,10 +60,11 @@ class PlanSpec:
 
     Args:
         shards: in the order of their microshards.
-        sequence_length: S, tokens predicted per sequence.
+        sequence_length: S, the stride of windows.
         total_batch: B, sequences per step.
         steps: optimizer steps.
         seed: of the order.
+        window: the rule by which shards are cut, a key of ``WINDOWS``.
     """
 
     shards: tuple[Shard, ...]
@@ -67,11 +74,12 @@ class PlanSpec:
     seed: int
     rounds: int = ROUNDS
     version: str = "sparktrain-shuffle-v1"
+    window: str = "overlap1"
 
     @property
     def first_microshards(self) -> Ints:
         """``[len(shards) + 1]``: number of the first microshard of each shard; the last entry is N."""
-        counts = [count_microshards(shard.num_tokens, self.sequence_length) for shard in self.shards]
+        counts = [count_microshards(shard, self.sequence_length) for shard in self.shards]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     @property
@@ -87,20 +95,37 @@ class PlanSpec:
         return -(-self.num_positions // self.num_microshards)
 
     @property
+    def window_length(self) -> int:
+        """Tokens read per sequence; all but the first are targets."""
+        return window_length(self.window, self.sequence_length)
+
+    @property
     def target_tokens_per_step(self) -> int:
-        return self.total_batch * self.sequence_length
+        return self.total_batch * (self.window_length - 1)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "PlanSpec":
-        return cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
+        return cls(**{**values, "shards": tuple(map(Shard.from_json, values["shards"]))})
 
 
-def count_microshards(num_tokens: int, sequence_length: int) -> int:
-    """Windows of S+1 tokens at stride S in a shard of ``num_tokens``."""
-    return max(0, (num_tokens - 1) // sequence_length)
+def window_length(window: str, sequence_length: int) -> int:
+    """Tokens of a window under the rule ``window``."""
+    return sequence_length + WINDOWS[window]
+
+
+def stride_of(shard: Shard, sequence_length: int) -> int:
+    """Tokens from one window of ``shard`` to the next."""
+    return shard.row_length or sequence_length
+
+
+def count_microshards(shard: Shard, sequence_length: int) -> int:
+    """Windows in ``shard``, by either rule."""
+    if shard.row_length:
+        return shard.num_tokens // shard.row_length
+    return max(0, (shard.num_tokens - 1) // sequence_length)
 
 
 def slots_of(rank: int, world: int, total_batch: int) -> tuple[int, int]:
@@ -117,8 +142,9 @@ def rows(spec: PlanSpec, first_pos: int, last_pos: int) -> list[Assignment]:
         here = pos // n == epoch
         ids[here] = permute(pos[here] % n, n, round_keys(spec.seed, int(epoch), spec.rounds))
     shard = np.searchsorted(firsts, ids, side="right") - 1
-    start = (ids - firsts[shard]) * spec.sequence_length
-    batch, length = spec.total_batch, spec.sequence_length + 1
+    strides = np.array([stride_of(s, spec.sequence_length) for s in spec.shards], dtype=np.int64)
+    start = (ids - firsts[shard]) * strides[shard]
+    batch, length = spec.total_batch, spec.window_length
     columns = (pos // batch, pos % batch, pos, pos // n, ids, shard, start)
     return [
         Assignment(step, slot, p, epoch, m, spec.shards[s].path, first, length)
@@ -131,8 +157,11 @@ def spread_windows(shards: list[Shard], sequence_length: int, limit: int) -> lis
     spec = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0)
     chosen = np.unique(np.linspace(0, spec.num_microshards - 1, min(limit, spec.num_microshards)).astype(np.int64))
     which = np.searchsorted(spec.first_microshards, chosen, side="right") - 1
-    starts = (chosen - spec.first_microshards[which]) * sequence_length
-    return [(shards[s], int(start)) for s, start in zip(which.tolist(), starts.tolist(), strict=True)]
+    nth = chosen - spec.first_microshards[which]
+    return [
+        (shards[s], i * stride_of(shards[s], sequence_length))
+        for s, i in zip(which.tolist(), nth.tolist(), strict=True)
+    ]
 
 
 def round_keys(seed: int, epoch: int, rounds: int = ROUNDS) -> list[int]:

@@ -29,6 +29,9 @@ def damaged(tmp_path: Path, kind: str) -> Path:
     elif kind == "short":
         write_shards(train)
         ds.write(train / "00003_00000_shuffled.ds", [np.arange(20)], 512, "t")
+    elif kind == "pointer":
+        write_shards(train)
+        (train / "00003.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     elif kind == "vocabulary":
         write_shards(train)
         ids = np.arange(4000) % 512
@@ -44,6 +47,7 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         ("empty", 3, "holds no .* shards: make some with jobs/tokenize.py"),
         ("odd", 3, "00001_00000_shuffled.ds has 8001 bytes, not a multiple of its token size 2"),
         ("short", 3, "00003_00000_shuffled.ds has 20 tokens, fewer than one sequence of 32 [+] 1: set data.sequence"),
+        ("pointer", 3, "00003.bin is a git-lfs pointer, not the file itself: run git lfs pull"),
         ("vocabulary", 3, "00002_00000_shuffled.ds has token id 700 at token 1234, but the model's vocab_size is 512"),
     ],
 )
@@ -67,6 +71,8 @@ def test_a_config_file_that_is_not_there(job: Job, tmp_path: Path) -> None:
             2,
             "launch.ranks is 3, but the cluster has 2 slots for barrier tasks: set launch.ranks to at most 2",
         ),
+        (["--data.token-size", "3"], 2, "data.token_size"),
+        (["--data.window", "none"], 2, "data.window.*overlap1.*psyche"),
         (["--launch.launcher", "direct"], 2, "launch.launcher is direct, .* set launch.launcher to torchrun"),
         (["--model.architecture", "lama"], 2, "model.architecture 'lama' is unknown to transformers"),
         (["--model.sizes", '{"hiden_size": 3}'], 2, "model.sizes.hiden_size is not a size of llama"),

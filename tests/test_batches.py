@@ -1,18 +1,26 @@
 """Batches: the same global batch for any number of ranks, and only by the plan that was promised."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from sparktrain import plan, tokens
+from sparktrain import cli, plan, tokens
+from sparktrain.config import RunConfig
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec
 from sparktrain.rundir import RunDir
+from sparktrain.train import models
 from sparktrain.train.batches import Batches
+from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.world import World
+from tests.conftest import tiny_argv
 
 
 @pytest.fixture
@@ -70,6 +78,45 @@ def test_a_plan_with_a_row_missing_is_refused(planned: tuple[RunDir, PlanSpec]) 
     write(directory.path, rows[:200] + rows[201:])
     with pytest.raises(DataError, match="holds 399 rows for steps 0 to 39 of this rank, expected 400"):
         next(iter(Batches(directory, spec, 0, 1)))
+
+
+def test_psyches_windows_give_the_loss_that_psyche_has_of_them(data: Path, tmp_path: Path) -> None:
+    """Psyche hands the model S tokens and lets it shift: the mean over S-1 targets of each window."""
+    shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
+    spec = PlanSpec(shards, sequence_length=32, total_batch=10, steps=2, seed=5, window="psyche")
+    write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+    batch = next(iter(Batches(RunDir(tmp_path), spec, 0, 1)))
+    assert batch.shape == (10, 32)
+    config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run"))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(models.model_config(config)).eval()
+    with torch.no_grad():
+        ours = float(token_losses(model, batch)) / spec.target_tokens_per_step
+        theirs = float(model(input_ids=batch, labels=batch).loss)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_heldout_loss_is_a_mean_over_the_targets_of_either_window(
+    on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path
+) -> None:
+    argv = tiny_argv(data, tmp_path / "run", "--data.heldout", str(data / "heldout"))
+
+    def measure(rank: int, size: int, window: str) -> tuple[float, float]:
+        config = cli.parse(RunConfig, [*argv, "--data.window", window])
+        world = World(rank, size, torch.device("cpu"), "host")
+        model = models.build(config, world)
+        (shard,) = (tokens.inspect(path) for path in tokens.find_shards(data / "heldout"))
+        length = 33 if window == "overlap1" else 32
+        rows_ = torch.tensor([tokens.TokenFile(shard).read(32 * i, length).tolist() for i in range(124)])
+        with torch.no_grad():
+            expected = float(model(input_ids=rows_, labels=rows_).loss)
+        loss = heldout_loss(model, config, world)
+        assert loss is not None
+        return loss, expected
+
+    for window in ("overlap1", "psyche"):
+        for found, expected in on_ranks(2, measure, window):
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_heldout_windows_are_spread_over_all_shards(data: Path) -> None:

@@ -1,5 +1,8 @@
 """plan.py: the order is a bijection, the same everywhere, and knows nothing of ranks."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from sparktrain.plan import PlanSpec
 from sparktrain.tokens import Shard
 
 
-def spec_of(tokens: list[int], **changes: int) -> PlanSpec:
+def spec_of(tokens: list[int], **changes: int | str) -> PlanSpec:
     values = {"sequence_length": 16, "total_batch": 5, "steps": 7, "seed": 3} | changes
     shards = tuple(Shard(f"/shards/{i}.ds", n, 2) for i, n in enumerate(tokens))
     return PlanSpec(shards=shards, **values)  # type: ignore[arg-type]
@@ -85,10 +88,51 @@ def test_rows_cover_each_epoch_and_steps_straddle_it() -> None:
 
 def test_windows_overlap_by_one_token_and_stay_inside_the_shard() -> None:
     for tokens in range(60):
-        count = plan.count_microshards(tokens, 16)
+        count = plan.count_microshards(Shard("a.ds", tokens, 2), 16)
         assert count == len([start for start in range(0, tokens, 16) if start + 17 <= tokens])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "sequence_length", "count"),
+    [(20_481, 2048, 10), (6144, 2048, 2), (3 * 16, 16, 2), (3 * 16 + 1, 16, 3), (16, 16, 0), (15, 16, 0), (1, 16, 0)],
+)
+def test_psyche_cuts_as_many_windows_of_s_tokens_as_its_provider(tokens: int, sequence_length: int, count: int) -> None:
+    """Counts of Psyche's local provider: byte offsets from 0 below the file's size less a window, a window apart."""
+    size, window = 2 * tokens, 2 * sequence_length
+    assert count == len(range(0, size - window, window))
+    both = [
+        spec_of([tokens], sequence_length=sequence_length, total_batch=max(1, count), steps=1, window=window)
+        for window in ("psyche", "overlap1")
+    ]
+    assert [spec.num_microshards for spec in both] == [count, count]
+    if count:
+        starts = [sequence_length * i for i in range(count)]
+        for spec, length in zip(both, (sequence_length, sequence_length + 1), strict=True):
+            rows = plan.rows(spec, 0, count)
+            assert sorted(r.start for r in rows) == starts
+            assert {r.length for r in rows} == {length}
+            assert max(r.start + r.length for r in rows) <= tokens
+
+
+@pytest.mark.parametrize(("window", "targets"), [("overlap1", 16), ("psyche", 15)])
+def test_target_tokens_are_all_but_the_first_of_each_window(window: str, targets: int) -> None:
+    spec = spec_of([100], window=window)
+    assert spec.window_length == targets + 1
+    assert spec.target_tokens_per_step == 5 * targets
+
+
+def test_rows_are_planned_whole_beside_streams() -> None:
+    """A row is a window: 3 rows of 17 tokens and 4 windows of 17 at stride 16."""
+    shards = (Shard("a.npy", 51, 2, "npy", row_length=17), Shard("b.ds", 16 * 4 + 1, 2))
+    spec = PlanSpec(shards, sequence_length=16, total_batch=7, steps=1, seed=3)
+    found = sorted((r.path, r.start, r.length) for r in plan.rows(spec, 0, 7))
+    assert found == [("a.npy", 17 * i, 17) for i in range(3)] + [("b.ds", 16 * i, 17) for i in range(4)]
+    windows = plan.spread_windows(list(shards), 16, 7)
+    assert [(shard.path, start) for shard, start in windows] == [(path, start) for path, start, _ in found]
+
+
 def test_a_spec_survives_its_file() -> None:
-    spec = spec_of([100, 200])
-    assert PlanSpec.from_json(spec.to_json()) == spec
+    spec = spec_of([100, 200], window="psyche")
+    labelled = Shard("/c.parquet", 34, 4, "parquet", row_length=17, columns=("labels", "sequence_lengths"))
+    spec = replace(spec, shards=(*spec.shards, labelled))
+    assert PlanSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec

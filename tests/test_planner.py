@@ -1,5 +1,6 @@
 """The planner: SQL gives plan.py's numbers; disjoint and complete, by SQL."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from sparktrain import plan, tokens
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec
 from sparktrain.rundir import RunDir
-from sparktrain.spark import planner
+from sparktrain.spark import index, planner
 from sparktrain.tokens import Shard
 
 
@@ -33,8 +34,20 @@ def test_sql_gives_the_same_rows_as_arithmetic(spark: Any, num_tokens: list[int]
     assert [Assignment(**row.asDict()) for row in rows] == plan.rows(spec, 0, spec.num_positions)
 
 
+def test_sql_and_arithmetic_agree_on_psyches_windows_and_on_rows(spark: Any) -> None:
+    rows_of_16 = Shard("/shards/rows.parquet", 16 * 20, 4, "parquet", row_length=16)
+    spec = replace(spec_over([16 * 40, 16 * 61 + 1], 7, 30), window="psyche")
+    spec = replace(spec, shards=(spec.shards[0], rows_of_16, spec.shards[1]))
+    rows = [Assignment(**row.asDict()) for row in planner.plan_frame(spark, spec).collect()]
+    assert rows == plan.rows(spec, 0, spec.num_positions)
+    assert {row.length for row in rows} == {16}
+    first_epoch = {(row.path, row.start) for row in rows if row.epoch == 0}
+    counts = [len([path for path, _ in first_epoch if path == shard.path]) for shard in spec.shards]
+    assert counts == [39, 20, 61]
+
+
 def test_the_plan_on_disk_is_disjoint_and_complete_by_sql(spark: Any, data: Path, tmp_path: Path) -> None:
-    indexed = planner.index_shards(spark, data / "train")
+    indexed = index.index_shards(spark, data / "train")
     assert [shard for shard, _ in indexed] == [tokens.inspect(p) for p in tokens.find_shards(data / "train")]
     spec = PlanSpec(tuple(shard for shard, _ in indexed), 32, total_batch=9, steps=100, seed=1)
     directory = RunDir(tmp_path)

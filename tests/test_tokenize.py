@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparktrain import tokens
 from sparktrain.errors import ConfigError, DataError
 from sparktrain.spark.tokenize import TokenizeConfig, tokenize
-from sparktrain.tokens import corpus, directory, ds, find_shards
+from sparktrain.tokens import corpus, directory, find_shards
 from sparktrain.tokens.tokenizer import END_OF_TEXT, TextTokenizer, load, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def _digests(root: Path) -> dict[str, str]:
 
 def _texts(shard: str, tokenizer: TextTokenizer) -> list[str]:
     """Texts of a shard, read the way datatrove does: by the exclusive ends in its index."""
-    size = ds.inspect(shard).token_size
+    size = tokens.inspect(shard).token_size
     ids = np.fromfile(shard, f"<u{size}").astype(np.int64)
     ends = np.fromfile(f"{shard}.index", "<u8").tolist()
     assert ends[-1] == len(ids)

@@ -15,7 +15,11 @@ from sparktrain.tokens import Shard, TokenFile, ds
 def test_a_shard_has_datatroves_bytes(tmp_path: Path, vocab: int, size: int) -> None:
     documents = [np.array([1, 2, 3, vocab - 1]), np.array([5, 0])]
     shard = ds.write(tmp_path / "a.ds", documents, vocab, "tok")
-    assert shard == ds.inspect(str(tmp_path / "a.ds")) == Shard(str(tmp_path / "a.ds"), 6, size)
+    assert (
+        shard
+        == tokens.inspect(str(tmp_path / "a.ds"))
+        == Shard(str(tmp_path / "a.ds"), 6, size, num_documents=2, tokenizer="tok")
+    )
     assert (tmp_path / "a.ds").read_bytes() == b"".join(
         int(t).to_bytes(size, "little") for document in documents for t in document
     )
@@ -30,7 +34,7 @@ def test_two_attempts_at_one_shard_do_not_take_each_others_file(tmp_path: Path) 
         ds.write(tmp_path / "a.ds", [np.arange(5), np.arange(3)], 10, "tok")  # another attempt, faster than this one
         yield np.arange(3)
 
-    assert ds.write(tmp_path / "a.ds", documents(), 10, "tok") == ds.inspect(str(tmp_path / "a.ds"))
+    assert ds.write(tmp_path / "a.ds", documents(), 10, "tok") == tokens.inspect(str(tmp_path / "a.ds"))
     assert (tmp_path / "a.ds").stat().st_size == 2 * 8
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ds", "a.ds.index", "a.ds.metadata"]
 
@@ -84,7 +88,9 @@ def test_what_is_no_shard_is_named(tmp_path: Path, content: bytes, metadata: str
 
 
 def test_directories_without_shards_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"does not exist: give a directory with \*\.ds shards"):
+    with pytest.raises(
+        DataError, match=r"does not exist: give a directory with \*\.ds/\*\.bin/\*\.npy/\*\.parquet shards"
+    ):
         tokens.find_shards(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"holds no \*\.ds shards"):
+    with pytest.raises(DataError, match=r"holds no \*\.ds/\*\.bin/.* shards"):
         tokens.find_shards(tmp_path)

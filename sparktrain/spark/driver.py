@@ -11,8 +11,8 @@ from sparktrain.errors import DataError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
-from sparktrain.spark import launch, planner, preflight, task
-from sparktrain.tokens import find_shards
+from sparktrain.spark import index, launch, planner, preflight, task
+from sparktrain.tokens import check_alike, find_shards
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,19 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
     heldout = config.data.heldout
     found = {"data.path": find_shards(config.data.path), "data.heldout": find_shards(heldout) if heldout else []}
     model = preflight.check_executors(spark, config, [paths[0] for paths in found.values() if paths])
-    shards = planner.index_shards(spark, config.data.path)
-    planner.check_shards(shards, config.data.sequence_length, model["vocab_size"], "data.path")
+    shards = index.index_shards(spark, config.data.path, config.data.token_size)
+    index.check_shards(shards, config.data, model["vocab_size"], "data.path")
     if heldout:
-        measured = planner.index_shards(spark, heldout)
-        planner.check_shards(measured, config.data.sequence_length, model["vocab_size"], "data.heldout")
+        measured = index.index_shards(spark, heldout, config.data.token_size)
+        index.check_shards(measured, config.data, model["vocab_size"], "data.heldout")
+        check_alike([shard for shard, _ in (*shards, *measured)])
     spec = PlanSpec(
         shards=tuple(shard for shard, _ in shards),
         sequence_length=config.data.sequence_length,
         total_batch=config.train.total_batch,
         steps=config.train.steps,
         seed=config.run.seed,
+        window=config.data.window,
     )
     return Prepared(config, spec, model)
 

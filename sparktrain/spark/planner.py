@@ -1,70 +1,18 @@
-"""The plan as Spark DataFrames: index the shards, order their microshards, write the plan, and view it by rank.
+"""The plan as Spark DataFrames: order microshards, write the plan, and view it by rank.
 
 The numbers are ``plan.py``'s, computed in SQL: a map-only job from position to microshard, whose output is in step
 order without a shuffle or a sort. Cycle walking is not left to SQL: the fewer than sqrt(N) positions per epoch that
 walk are computed on the driver and joined as a table.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from sparktrain import tokens
 from sparktrain.errors import DataError
-from sparktrain.plan import PlanSpec, count_microshards, permute, radices, round_keys, walkers
+from sparktrain.plan import PlanSpec, permute, radices, round_keys, stride_of, walkers
 from sparktrain.rundir import RunDir
-from sparktrain.tokens import Shard
-
-_INSPECTED = pa.schema(
-    [
-        pa.field("path", pa.string()),
-        pa.field("num_tokens", pa.int64()),
-        pa.field("token_size", pa.int32()),
-        pa.field("max_token", pa.int64()),
-        pa.field("problem", pa.string()),
-    ]
-)
-# Tokens looked at in one piece while a shard is checked: 32 MiB as int64.
-_SCAN = 1 << 22
-
-
-def index_shards(spark: SparkSession, directory: Path) -> list[tuple[Shard, int]]:
-    """The shards in ``directory`` in order, each with its largest token id; read by executors, one task per shard.
-
-    Raises :class:`DataError` for the first shard that an executor cannot read or that is no shard.
-    """
-    paths = tokens.find_shards(directory)
-    rows = (
-        spark.createDataFrame([(path,) for path in paths], "path string")
-        .repartition(min(len(paths), 4 * spark.sparkContext.defaultParallelism))
-        .mapInArrow(_inspect, "path string, num_tokens long, token_size int, max_token long, problem string")
-        .collect()
-    )
-    for row in sorted(rows, key=lambda r: r.path):
-        if row.problem:
-            raise DataError(row.problem)
-    return [(Shard(r.path, r.num_tokens, r.token_size), r.max_token) for r in sorted(rows, key=lambda r: r.path)]
-
-
-def check_shards(shards: Sequence[tuple[Shard, int]], sequence_length: int, vocab_size: int, setting: str) -> None:
-    """Raises :class:`DataError` for a shard without one whole sequence, or with a token id the model does not know."""
-    for shard, max_token in shards:
-        if count_microshards(shard.num_tokens, sequence_length) == 0:
-            raise DataError(
-                f"shard {shard.path} has {shard.num_tokens} tokens, fewer than one sequence of {sequence_length} + 1: "
-                f"set data.sequence_length to at most {shard.num_tokens - 1} or remove the shard from {setting}"
-            )
-        if max_token >= vocab_size:
-            where = _first_at_least(shard, vocab_size)
-            raise DataError(
-                f"shard {shard.path} has token id {where[1]} at token {where[0]}, but the model's vocab_size is "
-                f"{vocab_size}: use the tokenizer that the shards were made with or set model.sizes.vocab_size"
-            )
 
 
 def plan_frame(spark: SparkSession, spec: PlanSpec) -> DataFrame:
@@ -97,8 +45,8 @@ def plan_frame(spark: SparkSession, spec: PlanSpec) -> DataFrame:
         F.col("epoch").cast("int").alias("epoch"),
         "microshard_id",
         "path",
-        ((F.col("microshard_id") - F.col("first")) * spec.sequence_length).alias("start"),
-        F.lit(spec.sequence_length + 1).alias("length"),
+        ((F.col("microshard_id") - F.col("first")) * F.col("stride")).alias("start"),
+        F.lit(spec.window_length).alias("length"),
     )
 
 
@@ -127,38 +75,6 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int) -> Da
     return spark.read.parquet(directory.plan.as_uri()).select("*", rank.alias("rank"))
 
 
-def _inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Runs in executors: each path's shard and largest token, or what is wrong with it."""
-    for batch in batches:
-        for path in [str(value) for value in batch.column(0).to_pylist()]:
-            row: dict[str, object] = {"path": path}
-            try:
-                shard = tokens.inspect(path)
-                row |= {"num_tokens": shard.num_tokens, "token_size": shard.token_size, "max_token": _max_token(shard)}
-            except DataError as error:
-                row |= {"problem": str(error)}
-            yield pa.RecordBatch.from_pylist([row], schema=_INSPECTED)
-
-
-def _pieces(shard: Shard) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    file = tokens.TokenFile(shard)
-    for start in range(0, shard.num_tokens, _SCAN):
-        yield start, file.read(start, min(_SCAN, shard.num_tokens - start))
-    file.close()
-
-
-def _max_token(shard: Shard) -> int:
-    return max(int(piece.max()) for _, piece in _pieces(shard))
-
-
-def _first_at_least(shard: Shard, limit: int) -> tuple[int, int]:
-    """Position and id of the first token >= ``limit``."""
-    for start, piece in _pieces(shard):
-        if (over := np.flatnonzero(piece >= limit)).size:
-            return start + int(over[0]), int(piece[over[0]])
-    raise DataError(f"shard {shard.path} changed while it was checked: start again when nothing writes to it")
-
-
 def _round(right: Column, key: Column) -> Column:
     return F.pmod(F.xxhash64(right, key), F.lit(2**31 - 1))
 
@@ -179,18 +95,18 @@ def _walked(spark: SparkSession, spec: PlanSpec) -> DataFrame:
 
 
 def _locate(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
-    """Add ``path`` and ``first`` (the shard's first microshard) to rows with a ``microshard_id``.
+    """Add the shard's ``path``, ``stride`` and ``first`` microshard to rows with a ``microshard_id``.
 
     An equality join on buckets of microshards: a range join would compare every row with every shard.
     """
     firsts = spec.first_microshards.tolist()
     width = max(1, spec.num_microshards // (4 * len(spec.shards)))
     buckets = [
-        (bucket, first, end, shard.path)
+        (bucket, first, end, shard.path, stride_of(shard, spec.sequence_length))
         for shard, first, end in zip(spec.shards, firsts, firsts[1:], strict=False)
         for bucket in range(first // width, (end - 1) // width + 1)
     ]
-    table = spark.createDataFrame(buckets, "bucket long, first long, end long, path string")
+    table = spark.createDataFrame(buckets, "bucket long, first long, end long, path string, stride long")
     within = (F.col("microshard_id") >= F.col("first")) & (F.col("microshard_id") < F.col("end"))
     bucket = F.expr(f"microshard_id div {width}") == F.col("bucket")
     return frame.join(F.broadcast(table), bucket & within)

@@ -1,73 +1,188 @@
 """Token shards: one file per format and a table of them. A shard is a file of tokens; all formats read alike.
 
-A format module has ``inspect(path) -> Shard`` (cheap: no token is read) and names its suffix in ``FORMATS``.
+A format module has ``inspect(source, open_if_there, token_size) -> Shard | None`` (cheap: no token is read; None: a
+file of another format with that suffix) and, where it has more, ``document_ends`` and a reader of rows.
+``open_if_there`` finds side files; ``token_size`` is what the user says of files that do not say it themselves. Where
+the bytes are is ``sources/``.
 """
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sparktrain.errors import DataError
-from sparktrain.tokens import ds
+from sparktrain.tokens import ds, foreign, megatron, npy, parquet, raw
+from sparktrain.tokens.sequences import IGNORED, Ints, Sequences, Window, pieces, stack
 from sparktrain.tokens.shard import Shard
+from sparktrain.tokens.source import Opener, Source
+from sparktrain.tokens.sources import open_if_there, open_source
 
-__all__ = ["FORMATS", "Shard", "TokenFile", "find_shards", "inspect", "read_windows"]
+__all__ = ["FORMATS", "IGNORED", "Sequences", "Shard", "TokenFile", "Window", "check_alike", "find_shards", "inspect"]
+__all__ += ["read_sequences", "read_windows"]
 
-FORMATS: dict[str, Callable[[str], Shard]] = {
-    ".ds": ds.inspect,
+
+class Format(NamedTuple):
+    """One format. Without ``rows``, tokens lie one after the other from ``Shard.offset`` on."""
+
+    suffixes: tuple[str, ...]
+    inspect: Callable[[Source, Opener, int | None], Shard | None]
+    document_ends: Callable[[Shard, Opener], Ints] | None = None
+    rows: Callable[[Shard, Source], parquet.Rows] | None = None
+
+
+# Of those with one suffix, the first that takes the file has it.
+FORMATS: dict[str, Format] = {
+    "ds": Format((".ds",), ds.inspect, ds.document_ends),
+    "megatron": Format((".bin",), megatron.inspect, megatron.document_ends),
+    "npy": Format((".npy",), npy.inspect),
+    "raw": Format((".bin", ".npy"), raw.inspect),
+    "parquet": Format((".parquet",), parquet.inspect, rows=parquet.Rows),
 }
+_SUFFIXES = tuple(dict.fromkeys(suffix for row in FORMATS.values() for suffix in row.suffixes))
 
 
 def find_shards(directory: Path) -> list[str]:
     """Absolute paths of the shards in ``directory``, sorted, so that every machine numbers them alike."""
+    suffixes = "/".join(f"*{suffix}" for suffix in _SUFFIXES)
     if not directory.is_dir():
-        raise DataError(f"data directory {directory} does not exist: give a directory with {_suffixes()} shards")
-    paths = sorted(str(p.resolve()) for p in directory.iterdir() if p.suffix in FORMATS)
+        raise DataError(f"data directory {directory} does not exist: give a directory with {suffixes} shards")
+    names = [p for p in directory.iterdir() if p.suffix in _SUFFIXES and not p.name.startswith(".")]
+    paths = sorted(str(p.resolve()) for p in names)
     if not paths:
-        raise DataError(f"data directory {directory} holds no {_suffixes()} shards: make some with jobs/tokenize.py")
+        raise DataError(f"data directory {directory} holds no {suffixes} shards: make some with jobs/tokenize.py")
+    for path, following in pairwise(paths):
+        if path == following:
+            raise DataError(f"data directory {directory} holds shard {path} twice, by links: remove one of them")
     return paths
 
 
-def inspect(path: str) -> Shard:
-    """What ``path`` holds, judged by its suffix. Raises :class:`DataError` for a file that cannot be a shard."""
-    return FORMATS[Path(path).suffix](path)
+def inspect(path: str, token_size: int | None = None) -> Shard:
+    """What ``path`` holds, judged by its suffix and first bytes; ``token_size`` where the file does not say it.
+
+    Raises :class:`DataError` for a file that cannot be a shard.
+    """
+    source = open_source(path)
+    try:
+        num_bytes, suffix = source.size(), Path(path).suffix
+        if num_bytes == 0:
+            raise DataError(f"shard {path} is empty: remove it or write it again")
+        head = source.read(0, min(num_bytes, foreign.HEAD))
+        if problem := foreign.named(head, suffix):
+            raise DataError(f"shard {path} {problem}")
+        candidates = (row.inspect(source, open_if_there, token_size) for row in FORMATS.values() if suffix in row[0])
+        shard = next(shard for shard in candidates if shard is not None)
+    finally:
+        source.close()
+    if shard.format in ("ds", "raw"):
+        if num_bytes % shard.token_size:
+            raise DataError(
+                f"shard {path} has {num_bytes} bytes, not a multiple of its token size {shard.token_size}: "
+                "it is torn or its token size is wrong; write it again"
+            )
+        if seen := foreign.misread(head, shard.token_size):
+            raise DataError(f"shard {path} is read as tokens of {shard.token_size} bytes, but looks like {seen}")
+    return shard
+
+
+def check_alike(shards: Sequence[Shard]) -> None:
+    """Raises :class:`DataError` where ``shards`` cannot come from one tokenizer, by its name or by their token size."""
+    named: dict[str, str] = {}
+    sized: dict[int | None, str] = {}
+    for shard in shards:
+        named.setdefault(shard.tokenizer, shard.path)
+        # A Parquet file's integers are as wide as its writer's habit was.
+        sized.setdefault(shard.token_size if shard.format != "parquet" else None, shard.path)
+    named.pop("", None)
+    sized.pop(None, None)
+    for what, found in (("tokenizer", named), ("token size", sized)):
+        if len(found) > 1:
+            (a, first), (b, second) = list(found.items())[:2]
+            raise DataError(
+                f"shards {first} and {second} differ in their {what}, {a} and {b}: keep them in different directories"
+            )
 
 
 class TokenFile:
-    """An open shard. Reads with ``pread``: a file truncated under us is an error, where a memory map is a SIGBUS."""
+    """An open shard. ``start`` and ``length`` count tokens from the file's first, in rows row after row."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        try:
-            self._fd = os.open(shard.path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"shard {shard.path} cannot be read: {error.strerror}") from error
+        self._source = open_source(shard.path)
+        rows = FORMATS[shard.format].rows
+        self._rows = rows(shard, self._source) if rows else None
+        self._mask = open_source(f"{shard.path}.loss") if "labels" in shard.columns and not rows else None
+        self._ends: Ints | None = None
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Tokens [start, start + length), as int64 ``[length]``."""
+        """Tokens [start, start + length), as int64 ``[length]``; of rows, whole ones."""
+        self._check_rows(start, length)
+        if self._rows:
+            return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length).tokens
         size = self.shard.token_size
-        raw = os.pread(self._fd, length * size, start * size)
-        if len(raw) != length * size:
-            raise DataError(
-                f"shard {self.shard.path} ends at byte {start * size + len(raw)}, expected at least "
-                f"{(start + length) * size}: it was truncated after the plan was made; restore it"
-            )
-        return np.frombuffer(raw, dtype=f"<u{size}").astype(np.int64)
+        raw_ = self._source.read(self.shard.offset + start * size, length * size)
+        return np.frombuffer(raw_, dtype=f"<{'i' if self.shard.signed else 'u'}{size}").astype(np.int64)
+
+    def window(self, start: int, length: int) -> Window:
+        """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents."""
+        if self._rows:
+            self._check_rows(start, length)
+            return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length)
+        tokens, labels = self.read(start, length), None
+        if self._mask:
+            mask = np.frombuffer(self._mask.read(start, length), dtype=np.uint8)
+            if mask.max(initial=0) > 1:
+                at = start + int(np.argmax(mask > 1))
+                raise DataError(f"{self._mask.uri} has {mask.max()} at byte {at}, expected 0 or 1: write it again")
+            labels = np.where(mask == 1, tokens, IGNORED)
+        lengths = pieces(self.document_ends(), start, length) if self.shard.num_documents else None
+        return Window(tokens, labels, None, lengths)
+
+    def document_ends(self) -> Ints:
+        """Ends of the documents in tokens, exclusive; empty where no boundaries are known."""
+        find = FORMATS[self.shard.format].document_ends
+        if self._ends is None:
+            known = find is not None and self.shard.num_documents
+            self._ends = find(self.shard, open_if_there) if find and known else np.empty(0, dtype=np.int64)
+        return self._ends
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._rows:
+            self._rows.close()
+        if self._mask:
+            self._mask.close()
+        self._source.close()
+
+    def _check_rows(self, start: int, length: int) -> None:
+        width = self.shard.row_length
+        if width and (start % width or length % width):
+            raise DataError(
+                f"shard {self.shard.path} has rows of {width} tokens, asked for {length} from token {start}: a row is "
+                f"read whole; make data.sequence_length such that a window is {width} tokens"
+            )
 
 
-def read_windows(windows: list[tuple[TokenFile, int]], sequence_length: int) -> npt.NDArray[np.int64]:
-    """``[len(windows), S+1]`` tokens of the windows that start at the given token of the given files."""
-    out = np.empty((len(windows), sequence_length + 1), dtype=np.int64)
-    for i, (file, start) in enumerate(windows):
-        out[i] = file.read(start, sequence_length + 1)
+def read_windows(windows: list[tuple[TokenFile, int]], length: int) -> npt.NDArray[np.int64]:
+    """``[len(windows), length]`` tokens of the windows that start at the given token of the given files."""
+    out = np.empty((len(windows), length), dtype=np.int64)
+    for i in _in_file_order(windows):
+        file, start = windows[i]
+        out[i] = file.read(start, length)
     return out
 
 
-def _suffixes() -> str:
-    return "/".join(f"*{suffix}" for suffix in FORMATS)
+def read_sequences(windows: list[tuple[TokenFile, int]], length: int) -> Sequences:
+    """The same windows as :func:`read_windows`, with what comes with their tokens."""
+    found: dict[int, Window] = {}
+    for i in _in_file_order(windows):
+        file, start = windows[i]
+        found[i] = file.window(start, length)
+    return stack([found[i] for i in range(len(windows))])
+
+
+def _in_file_order(windows: list[tuple[TokenFile, int]]) -> list[int]:
+    """A row group is decoded once for all windows in it."""
+    return sorted(range(len(windows)), key=lambda i: (windows[i][0].shard.path, windows[i][1]))

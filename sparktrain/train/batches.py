@@ -1,6 +1,6 @@
 """This rank's share of every step's batch, read ahead of the loop.
 
-Shapes: B_ = sequences of this rank in a step, S = sequence length.
+Shapes: B_ = sequences of this rank in a step, L = tokens of a window (S+1 by the default rule).
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _PLAN_WINDOW = 512
 
 
 class Batches:
-    """Iterates ``[B_, S+1]`` int64 token tensors, one per step, of rank ``rank`` of ``world``.
+    """Iterates ``[B_, L]`` int64 token tensors, one per step, of rank ``rank`` of ``world``.
 
     Rows come from the plan on disk. Those of the first step are recomputed and compared: a plan of another run, or
     one edited by hand, is a :class:`DataError` before a token is trained on.
@@ -73,7 +73,7 @@ class Batches:
 
     def _read(self, assignments: list[Assignment]) -> torch.Tensor:
         windows = [(self._token_file(a.path), a.start) for a in assignments]
-        return torch.from_numpy(read_windows(windows, self._spec.sequence_length))
+        return torch.from_numpy(read_windows(windows, self._spec.window_length))
 
     def _token_file(self, path: str) -> TokenFile:
         if path not in self._open:

@@ -1,0 +1,28 @@
+"""Where the bytes of a shard are: one file per kind of source under ``sources/``, and this, what they have in common.
+
+A format (``ds.py``, ...) is handed an :data:`Opener` and never opens a file itself, so every format works everywhere.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Source(Protocol):
+    """One readable object at ``uri``: a file, an object of a store, a URL. Safe to read from several threads."""
+
+    uri: str
+
+    def size(self) -> int:
+        """Bytes."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly bytes [offset, offset + length). Raises :class:`sparktrain.errors.DataError`, naming the URI, what
+        was expected and what was found, where it cannot."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+Opener = Callable[[str], Source | None]
+"""The source at a URI; None where there is nothing. Raises :class:`sparktrain.errors.DataError` where it is there but
+cannot be read."""
