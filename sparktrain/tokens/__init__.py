@@ -4,14 +4,15 @@ A format module has ``inspect(source, open_if_there) -> Shard`` (cheap: no token
 ``FORMATS``; ``open_if_there`` finds side files. Where the bytes are is ``sources/``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from sparktrain.errors import DataError
-from sparktrain.tokens import ds
+from sparktrain.tokens import ds, sources
 from sparktrain.tokens.shard import Shard
 from sparktrain.tokens.source import Opener, Source
 from sparktrain.tokens.sources import open_if_there, open_source
@@ -23,14 +24,15 @@ FORMATS: dict[str, Callable[[Source, Opener], Shard]] = {
 }
 
 
-def find_shards(directory: Path) -> list[str]:
-    """Absolute paths of the shards in ``directory``, sorted, so that every machine numbers them alike."""
-    if not directory.is_dir():
-        raise DataError(f"data directory {directory} does not exist: give a directory with {_suffixes()} shards")
-    paths = sorted(str(p.resolve()) for p in directory.iterdir() if p.suffix in FORMATS)
-    if not paths:
-        raise DataError(f"data directory {directory} holds no {_suffixes()} shards: make some with jobs/tokenize.py")
-    return paths
+def find_shards(where: Path | str | Sequence[str]) -> list[str]:
+    """URIs of the shards at ``where``, absolute paths where they are local; sorted, so that every machine numbers them
+    alike. ``where`` is a place that :func:`sparktrain.tokens.sources.find` knows, or several."""
+    places = [str(where)] if isinstance(where, str | Path) else where
+    found = sorted(uri for place in places for uri in sources.find(place, FORMATS))
+    twice = next((a for a, b in pairwise(found) if a == b), None)
+    if twice:
+        raise DataError(f"shard {twice} is in the data twice: name it once")
+    return found
 
 
 def inspect(path: str) -> Shard:
@@ -64,7 +66,3 @@ def read_windows(windows: list[tuple[TokenFile, int]], sequence_length: int) -> 
     for i, (file, start) in enumerate(windows):
         out[i] = file.read(start, sequence_length + 1)
     return out
-
-
-def _suffixes() -> str:
-    return "/".join(f"*{suffix}" for suffix in FORMATS)
