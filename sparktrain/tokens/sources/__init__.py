@@ -1,4 +1,12 @@
-"""Sources of shards by URI scheme: a new kind of source is one file beside this one and one row here."""
+"""Sources of shards by URI scheme: a new kind of source is one file beside this one and one row here.
+
+::
+
+    data/train  file:///data/train          a directory or one file of this machine
+    https://host/x-{00000..00012}.ds        one file or a numbered template (listing.py); servers list nothing
+    hf://datasets/OWNER/NAME[@REVISION]/en  a directory or one file of a dataset repository of the Hub
+    s3://bucket/en  gs://...  abfs://...    the same of any store that fsspec has a driver for
+"""
 
 from collections.abc import Collection
 from pathlib import PurePosixPath
