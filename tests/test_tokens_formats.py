@@ -271,7 +271,7 @@ def test_shards_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
 def test_the_same_file_twice_in_a_directory_is_refused(tmp_path: Path) -> None:
     ds.write(tmp_path / "a.ds", [np.array(IDS)], 512, "t")
     (tmp_path / "b.ds").symlink_to(tmp_path / "a.ds")
-    with pytest.raises(DataError, match=r"holds shard .*a.ds twice, by links"):
+    with pytest.raises(DataError, match=r"shard .*a.ds is in the data twice, by name or by a link: name it once"):
         tokens.find_shards(tmp_path)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparktrain.errors import DataError
-from sparktrain.tokens import ds, foreign, megatron, npy, parquet, raw
+from sparktrain.tokens import ds, foreign, megatron, npy, parquet, raw, sources
 from sparktrain.tokens.sequences import IGNORED, Ints, Sequences, Window, pieces, stack
 from sparktrain.tokens.shard import Shard
 from sparktrain.tokens.source import Opener, Source
@@ -45,19 +45,15 @@ FORMATS: dict[str, Format] = {
 _SUFFIXES = tuple(dict.fromkeys(suffix for row in FORMATS.values() for suffix in row.suffixes))
 
 
-def find_shards(directory: Path) -> list[str]:
-    """Absolute paths of the shards in ``directory``, sorted, so that every machine numbers them alike."""
-    suffixes = "/".join(f"*{suffix}" for suffix in _SUFFIXES)
-    if not directory.is_dir():
-        raise DataError(f"data directory {directory} does not exist: give a directory with {suffixes} shards")
-    names = [p for p in directory.iterdir() if p.suffix in _SUFFIXES and not p.name.startswith(".")]
-    paths = sorted(str(p.resolve()) for p in names)
-    if not paths:
-        raise DataError(f"data directory {directory} holds no {suffixes} shards: make some with jobs/tokenize.py")
-    for path, following in pairwise(paths):
-        if path == following:
-            raise DataError(f"data directory {directory} holds shard {path} twice, by links: remove one of them")
-    return paths
+def find_shards(where: Path | str | Sequence[str]) -> list[str]:
+    """URIs of the shards at ``where``, absolute paths where they are local; sorted, so that every machine numbers them
+    alike. ``where`` is a place that :func:`sparktrain.tokens.sources.find` knows, or several."""
+    places = [str(where)] if isinstance(where, str | Path) else where
+    found = sorted(uri for place in places for uri in sources.find(place, _SUFFIXES))
+    twice = next((a for a, b in pairwise(found) if a == b), None)
+    if twice:
+        raise DataError(f"shard {twice} is in the data twice, by name or by a link: name it once")
+    return found
 
 
 def inspect(path: str, token_size: int | None = None) -> Shard:

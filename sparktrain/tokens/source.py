@@ -26,3 +26,7 @@ class Source(Protocol):
 Opener = Callable[[str], Source | None]
 """The source at a URI; None where there is nothing. Raises :class:`sparktrain.errors.DataError` where it is there but
 cannot be read."""
+
+Lister = Callable[[str], list[str] | None]
+"""The files directly in the directory at a URI, by URI and in no order; None where there is no directory. Raises
+:class:`sparktrain.errors.DataError` where it cannot be listed."""

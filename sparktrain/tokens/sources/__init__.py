@@ -1,17 +1,41 @@
-"""Sources of shards by URI scheme: a new kind of source is one file beside this one and one row here."""
+"""Sources of shards by URI scheme: a new kind of source is one file beside this one and one row here.
 
+::
+
+    data/train  file:///data/train          a directory or one file of this machine
+    https://host/x-{00000..00012}.ds        one file or a numbered template (listing.py); servers list nothing
+    hf://datasets/OWNER/NAME[@REVISION]/en  a directory or one file of a dataset repository of the Hub
+    s3://bucket/en  gs://...  abfs://...    the same of any store that fsspec has a driver for
+"""
+
+from collections.abc import Collection
+from pathlib import PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from sparktrain.errors import DataError
-from sparktrain.tokens.source import Opener, Source
-from sparktrain.tokens.sources import local
+from sparktrain.tokens.source import Lister, Opener, Source
+from sparktrain.tokens.sources import filesystem, hf, http, local
+from sparktrain.tokens.sources.listing import expand
 
-__all__ = ["SOURCES", "open_if_there", "open_source"]
+__all__ = ["SOURCES", "Kind", "find", "open_if_there", "open_source"]
 
-SOURCES: dict[str, Opener] = {
-    "": local.open_if_there,
-    "file": local.open_if_there,
+
+class Kind(NamedTuple):
+    """A kind of source. ``files_in`` is None where directories cannot be listed."""
+
+    open_if_there: Opener
+    files_in: Lister | None
+
+
+SOURCES: dict[str, Kind] = {
+    "": Kind(local.open_if_there, local.files_in),
+    "file": Kind(local.open_if_there, local.files_in),
+    "http": Kind(http.open_if_there, None),
+    "https": Kind(http.open_if_there, None),
+    "hf": Kind(hf.open_if_there, hf.files_in),
 }
+_FILESYSTEM = Kind(filesystem.open_if_there, filesystem.files_in)
 
 
 def open_source(uri: str) -> Source:
@@ -24,8 +48,40 @@ def open_source(uri: str) -> Source:
 
 def open_if_there(uri: str) -> Source | None:
     """The source at ``uri``, chosen by its scheme; a plain path is local. Raises :class:`DataError` for others."""
-    scheme = urlsplit(uri).scheme
-    if scheme not in SOURCES:
-        known = ", ".join(f"{name}://" for name in SOURCES if name)
-        raise DataError(f"{uri} has the scheme {scheme}://, which is unknown: use a path or {known}")
-    return SOURCES[scheme](uri)
+    return _kind(uri).open_if_there(uri)
+
+
+def find(where: str, suffixes: Collection[str]) -> list[str]:
+    """URIs of the files at ``where`` with one of ``suffixes``, in no order; absolute paths where they are local.
+
+    ``where`` is a directory, a file, or, unless it is a plain path, a template (:func:`listing.expand`). Files that
+    are named one by one, by template or alone, are not looked for here: opening them is.
+    """
+    kind, patterns = _kind(where), "/".join(f"*{suffix}" for suffix in suffixes)
+    is_path = not urlsplit(where).scheme
+    expanded = [where] if is_path else expand(where)
+    listed = kind.files_in(where) if kind.files_in and expanded == [where] else None
+    if listed is None:
+        if all(PurePosixPath(uri).suffix in suffixes for uri in expanded) and (not is_path or open_if_there(where)):
+            return [local.absolute(where)] if is_path else expanded
+        if kind.files_in is None:
+            raise DataError(f"{where} cannot be listed: give {patterns} files, one by one or as x-{{000..012}}")
+        raise DataError(f"data directory {where} does not exist: give a directory with {patterns} shards")
+    found = [file for file in listed if PurePosixPath(file).suffix in suffixes]
+    if not found:
+        raise DataError(f"data directory {where} holds no {patterns} shards: make some with jobs/tokenize.py")
+    return found
+
+
+def _kind(uri: str) -> Kind:
+    scheme, _, rest = uri.partition("://")
+    if not rest:
+        return SOURCES[""]
+    if ":" in rest.partition("/")[0].rpartition("@")[0]:
+        raise DataError(f"a {scheme}:// address is given with a password: it would end up in the plan and in logs")
+    if scheme in SOURCES:
+        return SOURCES[scheme]
+    if not filesystem.known(scheme):
+        names = ", ".join(f"{name}://" for name in SOURCES if name)
+        raise DataError(f"{uri} has the scheme {scheme}://, which is unknown: use a path, {names} or one of fsspec's")
+    return _FILESYSTEM

@@ -5,6 +5,7 @@ Read with ``pread``: a file that is truncated under us is an error, where a memo
 
 import os
 import stat
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from sparktrain.errors import DataError
@@ -16,10 +17,9 @@ class LocalSource:
     def __init__(self, uri: str) -> None:
         """Raises FileNotFoundError where there is nothing, :class:`DataError` where it may not be read."""
         self.uri = uri
-        path = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
         try:
             # Not to wait for the writer of a pipe, which has no effect on files.
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self._fd = os.open(_path(uri), os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -51,3 +51,22 @@ def open_if_there(uri: str) -> LocalSource | None:
         return LocalSource(uri)
     except FileNotFoundError:
         return None
+
+
+def files_in(uri: str) -> list[str] | None:
+    """See :data:`sparktrain.tokens.source.Lister`; as absolute paths."""
+    try:
+        return [str(path.resolve()) for path in Path(_path(uri)).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"data directory {uri} cannot be listed: {error.strerror}") from error
+
+
+def absolute(path: str) -> str:
+    """As ``files_in`` would give it."""
+    return str(Path(path).resolve())
+
+
+def _path(uri: str) -> str:
+    return unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
