@@ -28,7 +28,7 @@ def damaged(tmp_path: Path, kind: str) -> Path:
             file.write(b"x")
     elif kind == "short":
         write_shards(train)
-        ds.write(train / "00003_00000_shuffled.ds", [np.arange(20)], 512, "t")
+        ds.write(train / "00003_00000_shuffled.ds", [np.arange(20)], 512, "random walk")
     elif kind == "pointer":
         write_shards(train)
         (train / "00003.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
@@ -36,7 +36,7 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         write_shards(train)
         ids = np.arange(4000) % 512
         ids[1234] = 700
-        ds.write(train / "00002_00000_shuffled.ds", [ids], 512, "t")
+        ds.write(train / "00002_00000_shuffled.ds", [ids], 512, "random walk")
     return tmp_path / "data"
 
 
