@@ -92,6 +92,15 @@ def test_the_same_plan_is_not_written_again_and_another_one_replaces_it(spark: A
     assert planner.assignments(spark, tmp_path, 1).count() == 48
 
 
+def test_a_run_directory_may_have_any_name(spark: Any, tmp_path: Path) -> None:
+    run = tmp_path / "a b%20ü'q[1]{x},*?"
+    run.mkdir()
+    planner.write_plan(spark, spec_over([1000], 4, 10), RunDir(run))
+    assert planner.assignments(spark, run, 2).count() == 40
+    assert sorted(p.name for p in tmp_path.iterdir()) == [run.name]
+    assert list((run / "plan").glob("*.parquet"))
+
+
 def test_assignments_need_a_plan_and_a_world_that_fits(spark: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no plan"):
         planner.assignments(spark, tmp_path, 2)

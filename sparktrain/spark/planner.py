@@ -5,6 +5,7 @@ order without a shuffle or a sort. Cycle walking is not left to SQL: the fewer t
 walk are computed on the driver and joined as a table.
 """
 
+import re
 from pathlib import Path
 
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -55,7 +56,7 @@ def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
     if directory.plan_spec() == spec:
         return
     (directory.path / "plan.json").unlink(missing_ok=True)
-    plan_frame(spark, spec).write.mode("overwrite").parquet(directory.plan.as_uri())
+    plan_frame(spark, spec).write.mode("overwrite").parquet(f"file://{directory.plan}")
     directory.write_plan_spec(spec)
 
 
@@ -72,7 +73,12 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int) -> Da
         raise ValueError(f"world_size is {world_size}: expected 1 to train.total_batch {spec.total_batch}")
     # Inverse of slots_of: rank r has slots [r*B//W, (r+1)*B//W).
     rank = F.expr(f"cast(((slot + 1) * {world_size} - 1) div {spec.total_batch} as int)")
-    return spark.read.parquet(directory.plan.as_uri()).select("*", rank.alias("rank"))
+    return spark.read.parquet(_literal(directory.plan)).select("*", rank.alias("rank"))
+
+
+def _literal(path: Path) -> str:
+    """``path`` for Spark's readers, which take ``[1]`` for a pattern; they do not know percent-encoding."""
+    return "file://" + re.sub(r"([][{}*?\\])", r"\\\1", str(path))
 
 
 def _round(right: Column, key: Column) -> Column:
