@@ -22,7 +22,6 @@ import contextlib
 import datetime
 import json
 import os
-import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sparktrain.config import RunConfig
-from sparktrain.errors import ConfigError, RunDirBusy
+from sparktrain.errors import ConfigError
+from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
 from sparktrain.results import Outcome, RankFailure, RankResult, RunResult, dump_outcome, load_outcome
 
@@ -85,28 +85,12 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run directory for one writer; raises :class:`RunDirBusy` naming the holder."""
+        """Hold the run directory for one writer; raises :class:`sparktrain.errors.RunDirBusy` naming the holder."""
         self._make()
-        file = self.path / "LOCK"
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        while True:
-            try:
-                with open(file, "x", encoding="utf-8") as out:
-                    json.dump(owner, out)
-                break
-            except FileExistsError:
-                holder = _read_json(file)
-                if holder.get("host") != owner["host"] or _alive(int(holder.get("pid", 0))):
-                    raise RunDirBusy(
-                        f"run.dir {self.path} is in use by process {holder.get('pid')} on {holder.get('host')} "
-                        f"since {holder.get('since')}: wait for it or choose another run.dir; if that process is "
-                        f"gone, remove {file}"
-                    ) from None
-                file.unlink(missing_ok=True)  # its process is gone from this machine: nobody holds it
         try:
-            yield
+            with hold(self.path / "LOCK", f"run.dir {self.path}"):
+                yield
         finally:
-            file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.path.rmdir()  # where nothing was written, nothing is left
 
@@ -210,16 +194,6 @@ def _write(path: Path, content: bytes) -> None:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
 
 
 def _now() -> str:

@@ -63,6 +63,38 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> Non
         pass
 
 
+def test_a_lock_that_says_nothing_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "LOCK").write_text("")
+    with pytest.raises(RunDirBusy, match="by process unknown on an unknown host"), RunDir(tmp_path).lock():
+        pass
+    assert (tmp_path / "LOCK").read_text() == ""
+
+
+def test_of_starts_at_once_over_a_dead_lock_exactly_one_wins(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    gone = context.Process(target=lambda: None)
+    gone.start()
+    gone.join()
+    (tmp_path / "LOCK").write_text(json.dumps({"host": os.uname().nodename, "pid": gone.pid, "since": "then"}))
+    queue, release = context.Queue(), context.Event()
+
+    def start() -> None:
+        try:
+            with RunDir(tmp_path).lock():
+                queue.put("won")
+                release.wait(30)
+        except RunDirBusy:
+            queue.put("busy")
+
+    children = [context.Process(target=start) for _ in range(6)]
+    for child in children:
+        child.start()
+    assert sorted(queue.get(timeout=30) for _ in children) == ["busy"] * 5 + ["won"]
+    release.set()
+    for child in children:
+        child.join()
+
+
 def test_attempts_started_at_once_get_different_numbers(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
