@@ -30,7 +30,8 @@ class AllReduceAdamW:
         settings: Optimizer,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        trained = [p for p in parameters.values() if p.requires_grad]
+        self._named = {name: p for name, p in parameters.items() if p.requires_grad}
+        trained = list(self._named.values())
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -72,11 +73,15 @@ class AllReduceAdamW:
     def sync(self) -> None:
         """Nothing: every step leaves the same parameters on every rank."""
 
+    def extract(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self._named.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """All of it is shared: a world of any size goes on from it."""
+        return {"shared": self.optimizer.state_dict(), "rank": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load_state_dict(state["shared"])
 
 
 def build(parameters: dict[str, torch.nn.Parameter], section: AdamW, optimizer: Optimizer) -> AllReduceAdamW:

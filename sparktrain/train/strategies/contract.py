@@ -60,11 +60,17 @@ class Strategy(Protocol):
     def sync(self) -> None:
         """Bring every rank to the same parameters: before evaluation, export and the end."""
 
+    def extract(self) -> dict[str, torch.Tensor]:
+        """The weights that all ranks share, by name, as a checkpoint or a reader should see them now: not copies, no
+        communication. Between two syncs these may be others than the parameters that this rank is training."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Complete state to resume from."""
+        """Complete state to resume from, at any step: ``{"shared": the same on every rank, "rank": this rank's own}``,
+        trees of dictionaries, lists, tuples, plain values and tensors. No communication."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`, with the parameters at what :meth:`extract` gave. ``state["rank"]`` is None on
+        a rank that the saved world did not have; what happens then is each strategy's rule."""
 
 
 class StrategyKind(NamedTuple):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparktrain.errors import ConfigError, Diverged
+from sparktrain.train.compression.wire import VALUES
 
 _TEXT = 256
 
@@ -52,8 +53,10 @@ def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None
             )
 
 
-def check_settings(decay: float, topk: int, chunk: int, lr: float, weight_decay: float) -> None:
+def check_settings(decay: float, topk: int, chunk: int, lr: float, weight_decay: float, values: str) -> None:
     """``ConfigError`` naming the setting that is out of range."""
+    if values not in VALUES:
+        raise ConfigError(f"values is {values!r}: expected one of {', '.join(VALUES)}")
     if not (math.isfinite(lr) and lr >= 0):
         raise ConfigError(f"lr is {lr}: expected a number of at least 0")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
