@@ -162,6 +162,57 @@ def test_state_loads_into_more_ranks_where_new_ones_start_from_zero_momentum(on_
     assert [momentum > 0 for _, momentum in ranks] == [True, True, False]
 
 
+def test_in_fewer_ranks_each_goes_on_with_its_own_momentum(on_ranks):
+    def save(rank, world):
+        parameters = parameters_of()
+        optimizer = DisTrO(parameters, 1.0, compression_topk=8)
+        train(optimizer, parameters, rank, range(3))
+        optimizer.sync()
+        file = io.BytesIO()
+        torch.save((optimizer.state_dict(), [p.detach() for p in parameters]), file)
+        return file.getvalue()
+
+    saved = [torch.load(io.BytesIO(data), weights_only=True) for data in on_ranks(3, save)]
+
+    def go_on(rank, world):
+        state, weights = saved[rank]
+        parameters = [torch.nn.Parameter(w.clone()) for w in weights]
+        optimizer = DisTrO(parameters, 1.0, compression_topk=8, verify_every=1)
+        optimizer.load_state_dict(state)
+        kept = zip(optimizer.state_dict()["rank"]["momentum"], state["rank"]["momentum"], strict=True)
+        own = all(torch.equal(a, b) for a, b in kept)
+        train(optimizer, parameters, rank, range(3, 6))
+        optimizer.sync()
+        return own, [p.detach().numpy() for p in parameters]
+
+    ranks = on_ranks(2, go_on)
+    assert all(own for own, _ in ranks)
+    assert all((a == b).all() for a, b in zip(ranks[0][1], ranks[1][1], strict=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tied_weights_are_one_parameter(on_ranks, overlap):
+    def rank_main(rank, world):
+        torch.manual_seed(0)
+        tied = torch.nn.ModuleDict({"embed": torch.nn.Embedding(50, 12), "head": torch.nn.Linear(12, 50, bias=False)})
+        tied["head"].weight = tied["embed"].weight
+        alone = torch.nn.Parameter(tied["embed"].weight.detach().clone())
+        through_module = DisTrO(tied.named_parameters(), 0.01, compression_topk=8, overlap=overlap)
+        by_hand = DisTrO([alone], 0.01, compression_topk=8, overlap=overlap)
+        for step in range(5):
+            ids = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(10 * step + rank))
+            for weight, optimizer in ((tied["embed"].weight, through_module), (alone, by_hand)):
+                weight.grad = None
+                logits = torch.nn.functional.embedding(ids, weight) @ weight.T
+                torch.nn.functional.cross_entropy(logits, ids.roll(1)).backward()
+                optimizer.step()
+        through_module.sync(), by_hand.sync()
+        same = tied["head"].weight is tied["embed"].weight and torch.equal(tied["head"].weight, alone)
+        return same, through_module.numbers.payload_bytes == by_hand.numbers.payload_bytes
+
+    assert on_ranks(2, rank_main) == [(True, True)] * 2
+
+
 def test_train_and_optimize_apart_are_step_whatever_carries_the_bytes():
     ranks = [parameters_of(), parameters_of()]
     optimizers = [DisTrO(p, 1.0, compression_topk=8, quantize_1bit=True) for p in ranks]
