@@ -32,7 +32,7 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec) -> RankResult:
             )
         model = models.build(config, world)
         kind = STRATEGIES[config.strategy.kind]
-        strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer)
+        strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
         before = heldout_loss(model, config, world)
         _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}, held-out loss {_number(before)}")
         records, first_step_at = [], 0.0
@@ -64,14 +64,15 @@ def _steps(
     directory: RunDir, config: RunConfig, spec: PlanSpec, world: World, model: PreTrainedModel, strategy: Strategy
 ) -> Iterator[StepRecord]:
     """One record per step of the plan."""
-    # The mean over ranks of gradients scaled so is the gradient of the global batch's mean token loss.
-    scale = world.size / spec.target_tokens_per_step
     batches = iter(Batches(directory, spec, world.rank, world.size))
     for step in range(spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
+        tokens = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
+        # What a strategy makes of gradients scaled so is in its contract.
+        scale = 1 / tokens if strategy.local else world.size / spec.target_tokens_per_step
         loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
@@ -79,13 +80,13 @@ def _steps(
             raise Diverged(
                 f"loss is {loss_sum} in step {step} on rank {world.rank}: lower optimizer.lr or check the data"
             )
-        strategy.step(lr)
+        strategy.step(lr, tokens)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
         yield StepRecord(
             step=step,
             loss_sum=loss_sum,
-            tokens=tokens_BS.shape[0] * (tokens_BS.shape[1] - 1),
+            tokens=tokens,
             lr=lr,
             grad_norm=norm,
             seconds=ended - began,
