@@ -62,7 +62,7 @@ def test_ranks_stay_bit_identical_and_send_what_the_closed_form_says(on_ranks, v
 
     def rank_main(rank, world):
         model = model_of()
-        optimizer = build(dict(model.named_parameters()), section, Optimizer())
+        optimizer = build(dict(model.named_parameters()), section, Optimizer(), 4)
         generator = torch.Generator().manual_seed(rank)
         for _ in range(4):
             optimizer.zero_grad()

@@ -27,7 +27,7 @@ from sparktrain.errors import LaunchError, ModelError, Superseded
 from sparktrain.results import StepRecord, write_records
 from sparktrain.rundir import RunDir
 from sparktrain.train import models
-from sparktrain.train.strategies import Strategy
+from sparktrain.train.strategies.contract import Strategy
 from sparktrain.train.world import World
 
 

@@ -39,7 +39,7 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     start = checkpoint.choose(directory, world)
     model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
     kind = STRATEGIES[config.strategy.kind]
-    strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer)
+    strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
     _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}")
     if start is None:
         before = heldout_loss(model, config, world)
@@ -105,14 +105,15 @@ def _steps(
     first_step: int = 0,
 ) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
-    # The mean over ranks of gradients scaled so is the gradient of the global batch's mean token loss.
-    scale = world.size / spec.target_tokens_per_step
     batches = iter(Batches(directory, spec, world.rank, world.size, first_step))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
+        tokens = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
+        # What a strategy makes of gradients scaled so is in its contract.
+        scale = 1 / tokens if strategy.local else world.size / spec.target_tokens_per_step
         loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
@@ -120,13 +121,13 @@ def _steps(
             raise Diverged(
                 f"loss is {loss_sum} in step {step} on rank {world.rank}: lower optimizer.lr or check the data"
             )
-        strategy.step(lr)
+        strategy.step(lr, tokens)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
         yield StepRecord(
             step=step,
             loss_sum=loss_sum,
-            tokens=tokens_BS.shape[0] * (tokens_BS.shape[1] - 1),
+            tokens=tokens,
             lr=lr,
             grad_norm=norm,
             seconds=ended - began,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sparktrain.config import AdamW, Optimizer
 from sparktrain.train.strategies.contract import Traffic
+from sparktrain.train.strategies.inner import adamw
 
 
 class AllReduceAdamW:
@@ -24,27 +25,18 @@ class AllReduceAdamW:
         process_group: ranks to average over; none: all.
     """
 
+    local = False
+
     def __init__(
         self,
         parameters: dict[str, torch.nn.Parameter],
         settings: Optimizer,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._named = {name: p for name, p in parameters.items() if p.requires_grad}
-        trained = list(self._named.values())
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
+        self.optimizer = adamw(parameters, settings)
         self.traffic = Traffic()
-        self._parameters = trained
+        self._named = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._parameters = list(self._named.values())
         self._group = process_group
         self._world = dist.get_world_size(process_group)
 
@@ -65,7 +57,7 @@ class AllReduceAdamW:
             for parameter, piece in zip(owners, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, tokens: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -84,7 +76,9 @@ class AllReduceAdamW:
         self.optimizer.load_state_dict(state["shared"])
 
 
-def build(parameters: dict[str, torch.nn.Parameter], section: AdamW, optimizer: Optimizer) -> AllReduceAdamW:
+def build(
+    parameters: dict[str, torch.nn.Parameter], section: AdamW, optimizer: Optimizer, steps: int
+) -> AllReduceAdamW:
     return AllReduceAdamW(parameters, optimizer)
 
 

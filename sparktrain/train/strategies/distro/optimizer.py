@@ -95,7 +95,7 @@ class DisTrO(torch.optim.Optimizer):
         self._layout += f", values {self.values}, overlap {overlap}"
         self._rules = f"compression_decay {compression_decay}, verify_every {verify_every}, max_refused {max_refused}"
         self.numbers = message.Numbers()
-        self.steps = 0
+        self.steps, self.local = 0, False
         self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._names = checks.names_of(self.param_groups)
         checks.check_parameters(self._names, self._parameters)
@@ -117,7 +117,7 @@ class DisTrO(torch.optim.Optimizer):
         """Nothing: each rank keeps its own."""
 
     @torch.no_grad()
-    def step(self, lr: float | None = None) -> None:  # type: ignore[override]
+    def step(self, lr: float | None = None, tokens: int | None = None) -> None:  # type: ignore[override]
         """One update of all parameters; ``lr`` overrides that of every group. Every rank must call it."""
         self._set_lr(lr)
         self._weights.restore()
@@ -230,7 +230,7 @@ class DisTrO(torch.optim.Optimizer):
         return self._tiles.layout.payload_bytes(self.values)
 
 
-def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer: Optimizer) -> DisTrO:
+def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer: Optimizer, steps: int) -> DisTrO:
     trained = {id(p): (name, p) for name, p in reversed(parameters.items()) if p.requires_grad}
     ordered = list(reversed(trained.values()))
     groups = [
