@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparktrain import failpoints
 from sparktrain.errors import LaunchError, ModelError
 
 
@@ -98,6 +99,7 @@ class Checkpoints:
                 )
         complete = Manifest(**vars(manifest) | {"parts": parts})
         _sync_directory(directory)
+        failpoints.reach("checkpoint.manifest", step=manifest.step, generation=manifest.generation)
         _write(self._manifest(manifest.name), (json.dumps(asdict(complete), indent=1) + "\n").encode())
         for rank in range(manifest.world):
             (directory / f".rank-{rank:05d}.json").unlink()

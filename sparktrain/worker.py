@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 
+from sparktrain import failpoints
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, SparktrainError
 from sparktrain.results import RankFailure, RankResult
@@ -35,6 +36,7 @@ def run_rank(run_dir: str) -> RankResult:
     Writes the rank's output file, :class:`RankResult` or :class:`RankFailure`, and returns or raises the same.
     """
     _die_with_parent()
+    failpoints.arm(os.environ.get("SPARKTRAIN_FAILPOINT", ""))
     directory, rank = RunDir(run_dir), int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as held:
         generation = int(os.environ.get("SPARKTRAIN_GENERATION", "0"))

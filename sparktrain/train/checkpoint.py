@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparktrain import failpoints
 from sparktrain.checkpoints import Manifest, Part, name_of, parts_of
 from sparktrain.config import RunConfig
 from sparktrain.errors import LaunchError, ModelError, Superseded
@@ -77,6 +78,7 @@ class Checkpointer:
             weights = models.weights(model, strategy.extract())
         packed = {file: pack(tree) for file, tree in trees.items()}
         new, self._first_record = records[self._first_record :], len(records)
+        failpoints.reach("checkpoint.copied", rank=self._world.rank, step=step, generation=self._generation)
         self._writing = self._thread.submit(self._write, step, model, weights, packed, new)
 
     def wait(self) -> None:
@@ -101,22 +103,25 @@ class Checkpointer:
         records: list[StepRecord],
     ) -> None:
         files, rank = self._directory.checkpoints, self._world.rank
-        name = name_of(step, self._generation)
+        name, at = name_of(step, self._generation), {"rank": rank, "step": step, "generation": self._generation}
         here = files.directory(name)
         here.mkdir(parents=True, exist_ok=True)
         parts: dict[str, Part] = {}
         if rank == 0:
             parts |= parts_of(files.run_dir, models.write(model, weights, self._config, here))
+        failpoints.reach("checkpoint.weights", **at)
         for file, (tensors, tree) in packed.items():
             content = safetensors.torch.save(tensors, {"tree": tree})
             parts |= files.write_part(here / file, content, self._last)
         rows = self._directory.records(self._generation, rank, step)
         parts |= files.write_part(rows, write_records(rank, records), None)
         files.seal(name, rank, parts)
+        failpoints.reach("checkpoint.parts", **at)
         if rank == 0:
             parent = self._last.name if self._last else None
             begun = Manifest(name, step, self._generation, parent, self._world.size, {}, self._values)
             self._last = files.commit(begun, self._config.launch.collective_timeout)
+            failpoints.reach("checkpoint.committed", **at)
             files.retain(self._config.checkpoint.keep_last, self._config.checkpoint.keep_every)
 
 

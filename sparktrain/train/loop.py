@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from sparktrain import failpoints
 from sparktrain.config import RunConfig, Train
 from sparktrain.errors import ConfigError, Diverged
 from sparktrain.plan import PlanSpec
@@ -36,6 +37,7 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int)
 def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
     also writes the trained model."""
+    failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
     model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
     kind = STRATEGIES[config.strategy.kind]
@@ -48,15 +50,18 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         before = start.values["heldout_before"]
         checkpoint.restore(directory, start, strategy, world)
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
+    failpoints.reach("loaded", rank=world.rank, generation=generation)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
         records, first_step_at = _run(
             directory, config, spec, world, model, strategy, saver, start.step if start else 0
         )
+    failpoints.reach("trained", rank=world.rank, generation=generation)
     strategy.sync()
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
     if world.rank == 0:
         models.save(model, config, directory.model)
+    failpoints.reach("saved", rank=world.rank, generation=generation)
     _say(world, f"finished: held-out loss {_number(after)}, parameters {digest[:16]}")
     return RankResult(
         rank=world.rank,
@@ -109,12 +114,14 @@ def _steps(
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)
+        failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
         tokens = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
         # What a strategy makes of gradients scaled so is in its contract.
         scale = 1 / tokens if strategy.local else world.size / spec.target_tokens_per_step
         loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
+        failpoints.reach("gradient", rank=world.rank, step=step)
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
         if not math.isfinite(loss_sum):
@@ -122,6 +129,7 @@ def _steps(
                 f"loss is {loss_sum} in step {step} on rank {world.rank}: lower optimizer.lr or check the data"
             )
         strategy.step(lr, tokens)
+        failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
         yield StepRecord(
