@@ -11,7 +11,7 @@ import torch
 
 from sparktrain.errors import ConfigError, ModelError
 from sparktrain.train import parameter_pack as packs
-from sparktrain.train.parameter_layout import ALL, StateDictFilter, layout
+from sparktrain.train.parameter_pack import ALL, StateDictFilter, layout
 
 # What the reference runtime (0.21.0-pre.84) wrote of `golden()`.
 ALL_HASH = "torch-layout-da4b025c3a404b34f984365dbb507df1a20fdd9947ae5521a158fb9b34c70dca"

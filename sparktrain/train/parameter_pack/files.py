@@ -1,15 +1,4 @@
-"""Parameter packs: a model's floating-point tensors as one flat float32 file with a manifest.
-
-The format is ``burn-p2p-python-flattened-parameter-pack-v1``, byte for byte, so that trainers written for burn_p2p's
-Python bridge read and write it unchanged. A pack is a directory::
-
-    values.f32le     every selected tensor as float32, row-major, little-endian, one after the other, no header
-    manifest.json    format, layout hash, number of values, the filter and what it selected; written last
-
-Which tensors, and in what order, is the layout (``parameter_layout.py``). Tensors that are excluded or not
-floating-point are not in the pack and stay as they are when it is loaded. Tied weights are in the pack once per name,
-as the format wants it; loading refuses copies that differ.
-"""
+"""Writing and reading packs: whole or not at all, straight between tensors and the file."""
 
 import json
 import uuid
@@ -21,7 +10,7 @@ import numpy as np
 import torch
 
 from sparktrain.errors import ModelError
-from sparktrain.train.parameter_layout import ALL, Layout, StateDictFilter, entries_of, layout_of, ties_of
+from sparktrain.train.parameter_pack.layout import ALL, Layout, StateDictFilter, entries_of, layout_of, ties_of
 
 FORMAT = "burn-p2p-python-flattened-parameter-pack-v1"
 VALUES = "values.f32le"
