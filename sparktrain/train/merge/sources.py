@@ -19,8 +19,8 @@ from torch import Tensor
 from sparktrain.errors import ModelError
 from sparktrain.train.parameter_pack import read_manifest
 
-PIECE = 2**18
-"""Coordinates read of each model at a time: 2 MB per candidate in float64."""
+PIECE = 2**16
+"""Coordinates read of each model at a time: half a megabyte per candidate in float64."""
 
 _FLOATS = {
     "F64": torch.float64,
