@@ -46,9 +46,10 @@ def run(argv: Sequence[str], environment: Mapping[str, str], timeout: float, err
             raise ConfigError(f"{name}: {program} cannot be run: {error.strerror}; make it executable") from None
     try:
         with _guarded(child.pid):
-            status: int | None = child.wait(timeout)
-    except subprocess.TimeoutExpired:
-        status = None
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout)
+            status = child.poll()
+            _stop(child)  # while guarded: it may take the grace
     finally:
         _stop(child)
     if status == 0:
