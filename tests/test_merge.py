@@ -341,6 +341,22 @@ def test_the_job_takes_run_directories_and_prints_a_line_per_candidate(
     assert lines[3] == f"weighted-mean of 3 models: {tmp_path / 'm'}"
 
 
+def test_a_file_may_give_what_must_be_given(job: Job, models: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "merge.toml"
+    file.write_text(f"base = '{models[0]}'\ncandidates = ['{models[1]}', '{models[2]}']\nweights = [1, 3]\n")
+    code, out, err = job("merge", str(file), "--output", str(tmp_path / "m"))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].endswith("weight 0.7500")
+    code, out, _ = job("merge", str(file), "--output", str(tmp_path / "n"), "--candidates", f"{models[3]},{models[2]}")
+    assert out.splitlines()[0].startswith(str(models[3]))
+    file.write_text(f"base = '{models[0]}'\ncandidates = []\n")
+    code, _, err = job("merge", str(file), "--output", str(tmp_path / "o"))
+    assert (code, "candidates: list should have at least 1 item" in err) == (2, True)
+    file.write_text(f"base = '{models[0]}'\n")
+    code, _, err = job("merge", str(file), "--output", str(tmp_path / "o"))
+    assert (code, "arguments are required: --candidates;" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
