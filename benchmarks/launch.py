@@ -7,6 +7,7 @@ plain torchrun, medians over rounds in which every launcher takes its turn.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from sparktrain.rundir import RunDir
 from sparktrain.spark import driver, launch, preflight, task
 from sparktrain.tokens import ds
 from sparktrain.worker import run_rank
+
+os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark's own choice is the first python3 of the PATH
 
 SIZES = {
     "vocab_size": 512,

@@ -81,7 +81,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, start_world(threads=1, timeout_seconds=60) as world:
         run, config, spec = prepare(Path(directory), steps)
         ours, theirs = models.build(config, world), models.build(config, world)
-        strategy = STRATEGIES["adamw"].build(dict(ours.named_parameters()), config.strategy, config.optimizer)
+        strategy = STRATEGIES["adamw"].build(
+            dict(ours.named_parameters()), config.strategy, config.optimizer, config.train.steps
+        )
         step = bare_step(theirs, config, list(loop.Batches(run, spec, 0, 1)))
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
         steps_of_ours = loop._steps(run, config, spec, world, ours, strategy)

@@ -158,6 +158,15 @@ class Distro(Section):
 Strategy = AdamW | Distro
 
 
+class Checkpoint(Section):
+    every: int = Field(200, ge=0)
+    """Save a checkpoint after every so many steps, and after the last; 0: never."""
+    keep_last: int = Field(2, ge=1)
+    """Keep so many of the newest; older ones are removed when a newer one is there."""
+    keep_every: int = Field(0, ge=0)
+    """Keep for ever those at multiples of so many steps; 0: none."""
+
+
 class Launch(Section):
     mode: Literal["auto", "executors", "local"] = "auto"
     """Where ranks run: on executors (a barrier stage), or as processes of the driver's machine; auto: local where
@@ -170,6 +179,11 @@ class Launch(Section):
     """CPU threads per rank; 0: spark.task.cpus, or the machine's cores divided among local ranks."""
     collective_timeout: int = Field(600, ge=1)
     """Seconds after which a rank that waits for another gives up."""
+    max_restarts: int = Field(3, ge=0)
+    """Start ranks again, from the newest checkpoint, after so many failures that were nobody's mistake: a process
+    killed, an executor lost."""
+    min_ranks: int = Field(0, ge=0)
+    """Go on with fewer ranks, at least so many, where executors are lost for good; 0: all are needed."""
 
 
 class RunConfig(Section):
@@ -187,9 +201,11 @@ class RunConfig(Section):
     """How the learning rate moves."""
     strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
     """How ranks share their progress."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What is kept to go on from."""
     launch: Launch = Launch()
     """How ranks are started."""
 
     def identity(self) -> dict[str, Any]:
         """The settings that make it the same run: all but where it is stored, how it is launched and logged."""
-        return self.model_dump(mode="json", exclude={"launch": True, "run": {"dir", "log_every"}})
+        return self.model_dump(mode="json", exclude={"launch": True, "checkpoint": True, "run": {"dir", "log_every"}})

@@ -42,6 +42,16 @@ class Diverged(SparktrainError):
 
 
 class LaunchError(SparktrainError):
-    """The cluster could not run the ranks, or a rank failed: the message names the rank and its cause."""
+    """The cluster could not run the ranks, or a rank failed: the message names the rank and its cause.
+
+    ``transient``: the same may go well when it is tried again, as when a process was killed.
+    """
 
     exit_code = 7
+    transient = False
+
+
+class Superseded(SparktrainError):
+    """A newer attempt of the same run has started: this one must not write any more."""
+
+    exit_code = 75

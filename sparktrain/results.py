@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from sparktrain.errors import Diverged, LaunchError
 
@@ -43,7 +44,9 @@ class RankResult:
     Args:
         digest: sha256 of all its parameters at the end.
         heldout_before: held-out loss in nats per token at the start, the same on all ranks; None where not asked for.
-        first_step_at: seconds since the epoch when the first step ended, on this rank's clock.
+        records: the steps of this attempt.
+        first_step_at: seconds since the epoch when its first step ended, on this rank's clock.
+        resumed_from: the checkpoint that the attempt began from; None: from the first step.
     """
 
     rank: int
@@ -55,6 +58,7 @@ class RankResult:
     heldout_before: float | None
     heldout_after: float | None
     first_step_at: float
+    resumed_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,15 +102,38 @@ def load_outcome(data: bytes, name: str) -> Outcome:
     return outcome
 
 
+def write_records(rank: int, records: Sequence[StepRecord]) -> bytes:
+    """Steps of a rank as a Parquet file's content."""
+    file = io.BytesIO()
+    pq.write_table(_table_of([(rank, record) for record in records]), file)
+    return file.getvalue()
+
+
+def read_records(content: bytes) -> list[tuple[int, StepRecord]]:
+    """Inverse of :func:`write_records`, each step with its rank."""
+    rows = pq.read_table(io.BytesIO(content)).to_pylist()
+    return [(row.pop("rank"), StepRecord(**row)) for row in rows]
+
+
+def _table_of(records: Sequence[tuple[int, StepRecord]]) -> pa.Table:
+    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records])
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: every rank's result, and what they add up to."""
+    """A finished run: every rank's result, and what they add up to.
+
+    ``earlier``: steps of the attempts before the last one, with the ranks of then.
+    """
 
     run_dir: str
     ranks: tuple[RankResult, ...]
+    earlier: tuple[tuple[int, StepRecord], ...] = ()
 
     @classmethod
-    def merge(cls, run_dir: str, outcomes: Sequence[RankResult]) -> "RunResult":
+    def merge(
+        cls, run_dir: str, outcomes: Sequence[RankResult], earlier: Sequence[tuple[int, StepRecord]] = ()
+    ) -> "RunResult":
         """All ranks' results as one; raises :class:`Diverged` where their parameters differ."""
         ranks = tuple(sorted(outcomes, key=lambda r: r.rank))
         world = ranks[0].world
@@ -122,7 +149,7 @@ class RunResult:
                 f"parameters differ at the end of the run: rank 0 has {ranks[0].digest[:12]}, but {names}: "
                 "the executors' machines or torch builds differ; use one kind of machine and the same packages on all"
             )
-        return cls(run_dir, ranks)
+        return cls(run_dir, ranks, tuple(earlier))
 
     @property
     def digest(self) -> str:
@@ -132,8 +159,11 @@ class RunResult:
     def table(self) -> pa.Table:
         """One row per step over all ranks. ``loss``: nats per target token of the global batch; seconds: the slowest
         rank's; bytes: of the rank that has most."""
+        by_step: dict[int, list[StepRecord]] = {}
+        for _, record in self._records():
+            by_step.setdefault(record.step, []).append(record)
         steps = []
-        for records in zip(*(r.records for r in self.ranks), strict=True):
+        for _, records in sorted(by_step.items()):
             tokens = sum(r.tokens for r in records)
             merged = {"step": records[0].step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
             merged |= {"lr": records[0].lr}
@@ -147,7 +177,10 @@ class RunResult:
     @property
     def rank_table(self) -> pa.Table:
         """One row per step and rank, as each rank recorded it."""
-        return pa.Table.from_pylist([{"rank": r.rank, **record._asdict()} for r in self.ranks for record in r.records])
+        return _table_of(self._records())
+
+    def _records(self) -> list[tuple[int, StepRecord]]:
+        return [*self.earlier, *((r.rank, record) for r in self.ranks for record in r.records)]
 
     @property
     def metrics(self) -> "pd.DataFrame":

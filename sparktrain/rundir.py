@@ -10,7 +10,9 @@
     gen/000001/          driver   one attempt; made by an atomic mkdir
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
+      records-00000-000000100.parquet   rank   its steps up to a checkpoint
       logs/              torchrun what each rank printed
+    checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
     result.json          driver   the summary; written last, so a run without it is not finished
@@ -23,17 +25,26 @@ import datetime
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
-from sparktrain.results import Outcome, RankFailure, RankResult, RunResult, dump_outcome, load_outcome
+from sparktrain.results import (
+    Outcome,
+    RankFailure,
+    RankResult,
+    RunResult,
+    dump_outcome,
+    load_outcome,
+    read_records,
+)
 
 FORMAT = 1
 
@@ -45,6 +56,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
         self.model = self.path / "model"
+        self.checkpoints = Checkpoints(self.path)
 
     # -- the driver's side ---------------------------------------------------------------------------------------
 
@@ -125,6 +137,10 @@ class RunDir:
     def logs(self, number: int) -> Path:
         return self.generation(number) / "logs"
 
+    def records(self, generation: int, rank: int, step: int) -> Path:
+        """A rank's steps from the checkpoint before to that at ``step``."""
+        return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
+
     def write_plan_spec(self, spec: PlanSpec) -> None:
         _write_json(self.path / "plan.json", spec.to_json())
 
@@ -148,8 +164,16 @@ class RunDir:
         for number in range(self.latest_generation(), 0, -1):
             outcomes = self.outcomes(number)
             if outcomes and all(isinstance(o, RankResult) for o in outcomes):
-                return RunResult.merge(str(self.path), [o for o in outcomes if isinstance(o, RankResult)])
+                return self.merge([o for o in outcomes if isinstance(o, RankResult)])
         return None
+
+    def merge(self, outcomes: Sequence[RankResult]) -> RunResult:
+        """The run's result: what the ranks of its last attempt hand back, after the steps of those before it."""
+        earlier = []
+        for checkpoint in self.checkpoints.lineage(outcomes[0].resumed_from if outcomes else None):
+            for rank in range(checkpoint.world):
+                earlier += read_records(self.records(checkpoint.generation, rank, checkpoint.step).read_bytes())
+        return RunResult.merge(str(self.path), outcomes, earlier)
 
     # -- a rank's side -------------------------------------------------------------------------------------------
 

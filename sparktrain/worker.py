@@ -47,7 +47,7 @@ def run_rank(run_dir: str) -> RankResult:
                 raise ConfigError(f"run directory {run_dir} has no plan: start the run with jobs/train.py")
             from sparktrain.train.loop import train  # the torch floor: imported by ranks only
 
-            outcome = train(directory, config, spec)
+            outcome = train(directory, config, spec, generation or directory.latest_generation())
         except BaseException as error:
             if number := generation or directory.latest_generation():
                 directory.write_outcome(number, _failure(rank, error))

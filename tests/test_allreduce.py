@@ -29,7 +29,7 @@ def train(rank: int, world: int, shares: list[slice]) -> dict[str, Any]:
         mine = batch(step)[shares[rank]]
         (net(mine).square().sum() * world / 8).backward()
         strategy.average_gradients()
-        strategy.step(0.01)
+        strategy.step(0.01, 1)
     return {"state": net.state_dict(), "traffic": vars(strategy.traffic)}
 
 

@@ -62,7 +62,7 @@ def test_ranks_stay_bit_identical_and_send_what_the_closed_form_says(on_ranks, v
 
     def rank_main(rank, world):
         model = model_of()
-        optimizer = build(dict(model.named_parameters()), section, Optimizer())
+        optimizer = build(dict(model.named_parameters()), section, Optimizer(), 4)
         generator = torch.Generator().manual_seed(rank)
         for _ in range(4):
             optimizer.zero_grad()
@@ -160,6 +160,57 @@ def test_state_loads_into_more_ranks_where_new_ones_start_from_zero_momentum(on_
     ranks = on_ranks(3, go_on)
     assert all((a == b).all() for rank in ranks for a, b in zip(rank[0], ranks[0][0], strict=True))
     assert [momentum > 0 for _, momentum in ranks] == [True, True, False]
+
+
+def test_in_fewer_ranks_each_goes_on_with_its_own_momentum(on_ranks):
+    def save(rank, world):
+        parameters = parameters_of()
+        optimizer = DisTrO(parameters, 1.0, compression_topk=8)
+        train(optimizer, parameters, rank, range(3))
+        optimizer.sync()
+        file = io.BytesIO()
+        torch.save((optimizer.state_dict(), [p.detach() for p in parameters]), file)
+        return file.getvalue()
+
+    saved = [torch.load(io.BytesIO(data), weights_only=True) for data in on_ranks(3, save)]
+
+    def go_on(rank, world):
+        state, weights = saved[rank]
+        parameters = [torch.nn.Parameter(w.clone()) for w in weights]
+        optimizer = DisTrO(parameters, 1.0, compression_topk=8, verify_every=1)
+        optimizer.load_state_dict(state)
+        kept = zip(optimizer.state_dict()["rank"]["momentum"], state["rank"]["momentum"], strict=True)
+        own = all(torch.equal(a, b) for a, b in kept)
+        train(optimizer, parameters, rank, range(3, 6))
+        optimizer.sync()
+        return own, [p.detach().numpy() for p in parameters]
+
+    ranks = on_ranks(2, go_on)
+    assert all(own for own, _ in ranks)
+    assert all((a == b).all() for a, b in zip(ranks[0][1], ranks[1][1], strict=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tied_weights_are_one_parameter(on_ranks, overlap):
+    def rank_main(rank, world):
+        torch.manual_seed(0)
+        tied = torch.nn.ModuleDict({"embed": torch.nn.Embedding(50, 12), "head": torch.nn.Linear(12, 50, bias=False)})
+        tied["head"].weight = tied["embed"].weight
+        alone = torch.nn.Parameter(tied["embed"].weight.detach().clone())
+        through_module = DisTrO(tied.named_parameters(), 0.01, compression_topk=8, overlap=overlap)
+        by_hand = DisTrO([alone], 0.01, compression_topk=8, overlap=overlap)
+        for step in range(5):
+            ids = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(10 * step + rank))
+            for weight, optimizer in ((tied["embed"].weight, through_module), (alone, by_hand)):
+                weight.grad = None
+                logits = torch.nn.functional.embedding(ids, weight) @ weight.T
+                torch.nn.functional.cross_entropy(logits, ids.roll(1)).backward()
+                optimizer.step()
+        through_module.sync(), by_hand.sync()
+        same = tied["head"].weight is tied["embed"].weight and torch.equal(tied["head"].weight, alone)
+        return same, through_module.numbers.payload_bytes == by_hand.numbers.payload_bytes
+
+    assert on_ranks(2, rank_main) == [(True, True)] * 2
 
 
 def test_train_and_optimize_apart_are_step_whatever_carries_the_bytes():

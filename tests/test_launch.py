@@ -164,8 +164,11 @@ def long_run(data: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.
     """Start jobs/train.py in a process of its own, on a run that would take minutes; returns once it trains."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(mode: str, submit: Sequence[str] = (*SUBMIT, "--master", "local[2]")) -> subprocess.Popen[str]:
-        argv = tiny_argv(data, tmp_path / "run", "--launch.mode", mode, "--train.steps", "100000")
+    def start(
+        mode: str, submit: Sequence[str] = (*SUBMIT, "--master", "local[2]"), *flags: str
+    ) -> subprocess.Popen[str]:
+        flags = flags or ("--train.steps", "100000", "--launch.max-restarts", "0")
+        argv = tiny_argv(data, tmp_path / "run", "--launch.mode", mode, *flags)
         command = [*submit, str(ROOT / "jobs" / "train.py"), *argv]
         child = subprocess.Popen(
             command,
@@ -225,6 +228,26 @@ def test_a_killed_rank_ends_the_run_and_is_named(long_run: Any, tmp_path: Path, 
     assert line.startswith("error: rank 1 on ")
     assert "was ended by SIGKILL (killed from outside, often for lack of memory: lower train.micro_batch)" in line
     wait_until_gone(tmp_path / "run", 5)
+
+
+def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_end(
+    spark: Any, long_run: Any, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--train.steps", "60", "--checkpoint.every", "20")
+    child = long_run("executors", (*SUBMIT, "--master", "local[2]"), *flags)
+    while not list((tmp_path / "run" / "checkpoints").glob("*.json")):
+        time.sleep(0.05)
+    ranks_of(tmp_path / "run")[1].kill()
+    out, _ = child.communicate(timeout=90)
+    assert child.returncode == 0, out
+    assert "was ended by SIGKILL" in out
+    assert "; restart 1 of 3 in 2 s" in out
+    assert "going on from checkpoint 0000000" in out
+    undisturbed = driver.run(spark, cli.parse(RunConfig, tiny_argv(data, tmp_path / "undisturbed", *flags)))
+    assert digest_of(tmp_path / "run") == undisturbed.digest
+    again = RunDir(tmp_path / "run").finished()
+    assert again is not None
+    assert again.table["loss"].to_pylist() == undisturbed.table["loss"].to_pylist()
 
 
 @pytest.mark.parametrize(

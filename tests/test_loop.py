@@ -36,7 +36,7 @@ def trained(on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path) -> C
         world = World(rank, size, torch.device("cpu"), "host")
         model = models.build(config, world)
         kind = STRATEGIES[config.strategy.kind]
-        strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer)
+        strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, config.train.steps)
         return list(loop._steps(directory, config, spec, world, model, strategy)), models.digest(model)
 
     def run(world: int, *flags: str) -> list[Any]:

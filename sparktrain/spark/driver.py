@@ -1,5 +1,6 @@
 """A run from the driver: check everything, write the plan, start the ranks, merge what they hand back."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +8,14 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from sparktrain.config import RunConfig
-from sparktrain.errors import DataError
+from sparktrain.errors import DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.spark import index, launch, planner, preflight, task
 from sparktrain.tokens import check_alike, find_shards
+
+_ATTEMPTS_WITHOUT_PROGRESS = 3
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
             return finished
         prepared = _prepare(spark, config)
         directory.claim(config)
-        planner.write_plan(spark, prepared.spec, directory)
+        if directory.plan_spec() != prepared.spec:
+            planner.write_plan(spark, prepared.spec, directory)
         print(prepared.describe(), flush=True)
         return _train(spark, config, directory)
 
@@ -101,6 +105,28 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:
+    """Attempts, until one ends well or fails for good."""
+    ranks, failures, without_progress = config.launch.ranks, 0, 0
+    while True:
+        progress = directory.checkpoints.latest_step()
+        try:
+            return _attempt(spark, config, directory, ranks)
+        except LaunchError as error:
+            failures += 1
+            without_progress = 0 if directory.checkpoints.latest_step() > progress else without_progress + 1
+            if not error.transient or failures > config.launch.max_restarts:
+                raise
+            if without_progress == _ATTEMPTS_WITHOUT_PROGRESS:
+                raise LaunchError(
+                    f"{error} ({without_progress} attempts in a row came to no new checkpoint)"
+                ) from error
+            wait = min(60.0, 2.0**failures)
+            print(f"{error}; restart {failures} of {config.launch.max_restarts} in {wait:.0f} s", flush=True)
+            time.sleep(wait)
+            ranks = preflight.ranks_left(spark, config)
+
+
+def _attempt(spark: SparkSession, config: RunConfig, directory: RunDir, ranks: int) -> RunResult:
     local = config.launch.mode == "local"
     generation = directory.new_generation()
     job = task.Job(
@@ -112,11 +138,11 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResu
         threads=config.launch.threads,
         launcher=config.launch.launcher,
     )
-    launch.launch(spark, job, config.launch.ranks, local, preflight.uses_gpu(spark, local))
+    launch.launch(spark, job, ranks, local, preflight.uses_gpu(spark, local))
     outcomes = [o for o in directory.outcomes(job.generation) if isinstance(o, RankResult)]
     if not outcomes:
         raise DataError(f"no rank left an output file in {directory.generation(job.generation)}: is run.dir shared?")
-    result = RunResult.merge(str(directory.path), outcomes)
+    result = directory.merge(outcomes)
     directory.write_result(result)
     return result
 

@@ -30,6 +30,8 @@ cloudpickle.register_pickle_by_value(task)  # type: ignore[no-untyped-call]
 
 
 _LOG_SERVER_SECONDS = 5.0
+# What a file system or a network says that may be well again a moment later.
+_REFUSALS = ("OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "TimeoutError")
 
 
 class RankDistributor(TorchDistributor):
@@ -86,7 +88,19 @@ def launch(spark: SparkSession, job: task.Job, ranks: int, local: bool, use_gpu:
 
 
 def explain(directory: RunDir, generation: int, error: Exception) -> LaunchError:
-    """One error for a failed attempt: the first rank's own words, or how its process ended, or Spark's reason."""
+    """One error for a failed attempt: the first rank's own words, or how its process ended, or Spark's reason.
+
+    A rank's own exception is final, for it would raise it again, and so is a cancelled Spark job. All else, and what
+    its operating system refused a rank, is ``transient``.
+    """
+    found = _explain(directory, generation, error)
+    outcomes = directory.outcomes(generation)
+    causes = [o.kind for o in outcomes if isinstance(o, RankFailure) and not o.echo]
+    found.transient = causes[0] in _REFUSALS if causes else "cancelled" not in str(error)
+    return found
+
+
+def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchError:
     failures = [o for o in directory.outcomes(generation) if isinstance(o, RankFailure)]
     causes = [f for f in failures if not f.echo]
     exits = directory.exits(generation)

@@ -21,6 +21,8 @@ from sparktrain.spark import task
 
 # Executors register a moment after the session is there.
 _REGISTRATION_SECONDS = 5.0
+# Where an executor was lost, the cluster may start another.
+_REPLACEMENT_SECONDS = 20.0
 
 
 def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
@@ -65,6 +67,26 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
     if values["model"]["from_pretrained"] and local_model.is_dir():
         values["model"]["from_pretrained"] = str(local_model.absolute())
     return RunConfig.model_validate(values)
+
+
+def ranks_left(spark: SparkSession, config: RunConfig) -> int:
+    """Ranks of the next attempt after one that failed: as many as before, or what is left of them.
+
+    Raises :class:`LaunchError` where that is fewer than ``launch.min_ranks``.
+    """
+    ranks = config.launch.ranks
+    if config.launch.mode == "local":
+        return ranks
+    deadline = time.monotonic() + _REPLACEMENT_SECONDS
+    while (slots := _slots(spark)) < ranks and time.monotonic() < deadline:
+        time.sleep(0.5)
+    needed = config.launch.min_ranks or ranks
+    if slots < needed:
+        raise LaunchError(
+            f"{slots} slots are left for {needed} ranks: start the same command again when there are more executors, "
+            "or set launch.min_ranks lower"
+        )
+    return min(ranks, slots)
 
 
 def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) -> dict[str, Any]:

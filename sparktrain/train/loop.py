@@ -15,7 +15,7 @@ from sparktrain.errors import ConfigError, Diverged
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
-from sparktrain.train import models
+from sparktrain.train import checkpoint, models
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.schedule import lr_at
@@ -23,55 +23,97 @@ from sparktrain.train.strategies import STRATEGIES, Strategy
 from sparktrain.train.world import World, start_world
 
 
-def train(directory: RunDir, config: RunConfig, spec: PlanSpec) -> RankResult:
-    """Train by the plan ``spec`` in ``directory``; rank 0 also writes the trained model there."""
+def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
+    """:func:`train_in` the world that this process's environment names."""
     with start_world(max(1, config.launch.threads), config.launch.collective_timeout) as world:
         if world.size > spec.total_batch:
             raise ConfigError(
                 f"{world.size} ranks share train.total_batch {spec.total_batch}: start at most {spec.total_batch} ranks"
             )
-        model = models.build(config, world)
-        kind = STRATEGIES[config.strategy.kind]
-        strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer)
+        return train_in(world, directory, config, spec, generation)
+
+
+def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
+    """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
+    also writes the trained model."""
+    start = checkpoint.choose(directory, world)
+    model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
+    kind = STRATEGIES[config.strategy.kind]
+    strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
+    _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}")
+    if start is None:
         before = heldout_loss(model, config, world)
-        _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}, held-out loss {_number(before)}")
-        records, first_step_at = [], 0.0
-        for record in _steps(directory, config, spec, world, model, strategy):
-            records.append(record)
-            first_step_at = first_step_at or time.time()
-            if record.step == 0 or (record.step + 1) % config.run.log_every == 0:
-                _say(world, _line(record, spec))
-        strategy.sync()
-        after = heldout_loss(model, config, world)
-        digest = models.digest(model)
-        if world.rank == 0:
-            models.save(model, config, directory.model)
-        _say(world, f"finished: held-out loss {_number(after)}, parameters {digest[:16]}")
-        return RankResult(
-            rank=world.rank,
-            world=world.size,
-            host=world.host,
-            records=records,
-            digest=digest,
-            num_parameters=model.num_parameters(),
-            heldout_before=before,
-            heldout_after=after,
-            first_step_at=first_step_at,
+        _say(world, f"held-out loss {_number(before)}")
+    else:
+        before = start.values["heldout_before"]
+        checkpoint.restore(directory, start, strategy, world)
+        _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
+    with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
+        records, first_step_at = _run(
+            directory, config, spec, world, model, strategy, saver, start.step if start else 0
         )
+    strategy.sync()
+    after = heldout_loss(model, config, world)
+    digest = models.digest(model)
+    if world.rank == 0:
+        models.save(model, config, directory.model)
+    _say(world, f"finished: held-out loss {_number(after)}, parameters {digest[:16]}")
+    return RankResult(
+        rank=world.rank,
+        world=world.size,
+        host=world.host,
+        records=records,
+        digest=digest,
+        num_parameters=model.num_parameters(),
+        heldout_before=before,
+        heldout_after=after,
+        first_step_at=first_step_at,
+        resumed_from=start.name if start else None,
+    )
+
+
+def _run(
+    directory: RunDir,
+    config: RunConfig,
+    spec: PlanSpec,
+    world: World,
+    model: PreTrainedModel,
+    strategy: Strategy,
+    saver: checkpoint.Checkpointer,
+    first_step: int,
+) -> tuple[list[StepRecord], float]:
+    """Every step from ``first_step`` on, with checkpoints; the records and when the first step ended."""
+    records, first_step_at, every = [], 0.0, config.checkpoint.every
+    for record in _steps(directory, config, spec, world, model, strategy, first_step):
+        records.append(record)
+        first_step_at = first_step_at or time.time()
+        done = record.step + 1
+        if record.step == first_step or done % config.run.log_every == 0:
+            _say(world, _line(record, spec))
+        if every and (done % every == 0 or done == spec.steps):
+            saver.save(done, model, strategy, records)
+    return records, first_step_at
 
 
 def _steps(
-    directory: RunDir, config: RunConfig, spec: PlanSpec, world: World, model: PreTrainedModel, strategy: Strategy
+    directory: RunDir,
+    config: RunConfig,
+    spec: PlanSpec,
+    world: World,
+    model: PreTrainedModel,
+    strategy: Strategy,
+    first_step: int = 0,
 ) -> Iterator[StepRecord]:
-    """One record per step of the plan."""
-    # The mean over ranks of gradients scaled so is the gradient of the global batch's mean token loss.
-    scale = world.size / spec.target_tokens_per_step
-    batches = iter(Batches(directory, spec, world.rank, world.size))
-    for step in range(spec.steps):
+    """One record per step of the plan from ``first_step`` on."""
+    batches = iter(Batches(directory, spec, world.rank, world.size, first_step))
+    for step in range(first_step, spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
+        tokens = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
+        # What a strategy makes of gradients scaled so is in its contract.
+        scale = 1 / tokens if strategy.local else world.size / spec.target_tokens_per_step
         loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
@@ -79,13 +121,13 @@ def _steps(
             raise Diverged(
                 f"loss is {loss_sum} in step {step} on rank {world.rank}: lower optimizer.lr or check the data"
             )
-        strategy.step(lr)
+        strategy.step(lr, tokens)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
         yield StepRecord(
             step=step,
             loss_sum=loss_sum,
-            tokens=tokens_BS.shape[0] * (tokens_BS.shape[1] - 1),
+            tokens=tokens,
             lr=lr,
             grad_norm=norm,
             seconds=ended - began,

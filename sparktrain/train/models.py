@@ -3,11 +3,13 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -35,21 +37,23 @@ def model_config(config: RunConfig) -> Any:
     return hf_config
 
 
-def build(config: RunConfig, world: World) -> PreTrainedModel:
-    """The model in training mode on this rank's device, with rank 0's weights on every rank.
+def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> PreTrainedModel:
+    """The model in training mode on this rank's device, with rank 0's weights on every rank, those of ``checkpoint``
+    where one is given.
 
     Only rank 0 reads or draws weights; the others receive them by broadcast, so that a hub is asked once and all
     ranks start equal to the bit.
     """
     settings = config.model
+    source = checkpoint or settings.from_pretrained
     text = model_config(config).to_json_string(use_diff=False) if world.rank == 0 else ""
     values = json.loads(world.broadcast_bytes(text.encode()))
     torch.manual_seed(config.run.seed)
     options: dict[str, Any] = {"dtype": _DTYPES[settings.dtype], "attn_implementation": settings.attention}
-    if settings.from_pretrained and world.rank == 0:
+    if source and world.rank == 0:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            settings.from_pretrained,
-            revision=settings.revision,
+            source,
+            revision=None if checkpoint else settings.revision,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             **options,
@@ -78,16 +82,40 @@ def digest(model: PreTrainedModel) -> str:
     return sha.hexdigest()
 
 
+def weights(model: PreTrainedModel, current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of ``model`` with the parameters ``current``, copied to this machine's memory; tied weights
+    stay one tensor."""
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    owner_of = {name: owners[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    copies = {
+        name: current.get(name, tensor).detach().to("cpu", copy=True)
+        for name, tensor in model.state_dict().items()
+        if owner_of.get(name, name) == name
+    }
+    return {name: copies[owner_of.get(name, name)] for name in model.state_dict()}
+
+
+def write(model: PreTrainedModel, state: dict[str, Tensor], config: RunConfig, path: Path) -> list[Path]:
+    """Write a model of the kind of ``model`` with the weights ``state`` and its tokenizer into ``path``, as a Hugging
+    Face directory; returns its files. ``model`` may go on training meanwhile."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model.save_pretrained(path, state_dict=state)
+    # Off while training, on for whoever opens the directory; the model itself must not change under the loop.
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8")) | {"use_cache": True}
+    (path / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tokenizer = tokenizer_path(config)
+    if tokenizer:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+    return [
+        file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "rank-", "strategy."))
+    ]
+
+
 def save(model: PreTrainedModel, config: RunConfig, path: Path) -> None:
     """Write ``model`` with its tokenizer as a Hugging Face directory at ``path``, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.config.use_cache = True
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model.save_pretrained(temporary)
-    tokenizer = tokenizer_path(config)
-    if tokenizer:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
+    write(model, model.state_dict(), config, temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
 

@@ -27,6 +27,8 @@ class World:
         """Rank 0's ``data`` on every rank. Raw bytes, so that nothing from the network is unpickled."""
         length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         dist.broadcast(length, src=0)
+        if not length:
+            return b""
         payload = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
         if self.rank == 0:
             payload.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))

@@ -3,11 +3,14 @@
     B     chunks;  K coefficients of a chunk;  area: symbols 0 .. area - 1, and ``area`` for "absent"
 
 A chunk's symbols ascend; only ``area`` may repeat. The set is unordered, so k symbols need log2 C(area, k) bits, not
-k log2(area). Three codes, and the shortest is taken:
+k log2(area). These codes, and the shortest is taken:
 
 * enumeration: the rank of the set among all of its size (combinatorial number system); optimal; needs 63 bits.
-* Elias-Fano: the low bits of each symbol as they are, the high bits in unary; within 8 % of the bound up to k = 256
-  of 4096 with one sign bit each.
+* Elias-Fano: the low bits of each symbol as they are, the high bits in unary; within 10 % of the bound up to a 16th of
+  the area, with one sign bit each.
+* groups of g neighbours: a bit says whether any is chosen; which ones is a word of a prefix code, b bits long for each
+  that is. (g, b) = (3, 2), (5, 3), (11, 4) are the largest groups that b bits have words for. Slower than Elias-Fano,
+  so they are used above a 16th of the area only, where it is no longer within a tenth of the bound.
 * a bitmap, where almost everything is chosen.
 
 Bits are tensors of 0 and 1 in uint8; :mod:`wire` packs them.
@@ -18,6 +21,8 @@ import math
 
 import torch
 from torch import Tensor
+
+_GROUPS = {"groups of 3": (3, 2), "groups of 5": (5, 3), "groups of 11": (11, 4)}
 
 
 def code_name(area: int, topk: int) -> str:
@@ -34,13 +39,21 @@ def encode_index(index_BK: Tensor, area: int) -> list[Tensor]:
     """Bits of all chunks, as flat tensors one after the other."""
     topk = index_BK.shape[1]
     encode = {"enumeration": _enumerate, "elias-fano": _elias_fano, "bitmap": _bitmap}
-    return encode[code_name(area, topk)](index_BK, area)
+    name = code_name(area, topk)
+    return _groups(index_BK, area, *_GROUPS[name]) if name in _GROUPS else encode[name](index_BK, area)
 
 
 def decode_index(bits: Tensor, chunks: int, topk: int, area: int) -> Tensor:
     """Inverse of :func:`encode_index` on the same bits in one flat tensor. ``ValueError``: no such set was encoded."""
-    decode = {"enumeration": _denumerate, "elias-fano": _elias_fano_decode, "bitmap": _bitmap_decode}
-    index = decode[code_name(area, topk)](bits, chunks, topk, area)
+    decode = {
+        "enumeration": _denumerate,
+        "elias-fano": _elias_fano_decode,
+        "bitmap": _bitmap_decode,
+    }
+    name = code_name(area, topk)
+    if name in _GROUPS:
+        return _groups_decode(bits, chunks, topk, area, *_GROUPS[name])
+    index = decode[name](bits, chunks, topk, area)
     if index.numel() and (index.min() < 0 or index.max() > area):
         raise ValueError("update is damaged: an index lies outside its chunk")
     return index
@@ -49,7 +62,12 @@ def decode_index(bits: Tensor, chunks: int, topk: int, area: int) -> Tensor:
 @functools.cache
 def _sizes(area: int, topk: int) -> dict[str, int]:
     low = _low_bits(area, topk)
-    sizes = {"elias-fano": topk * (low + 1) + (area >> low), "bitmap": area}
+    sizes = {
+        "elias-fano": topk * (low + 1) + (area >> low),
+        "bitmap": area,
+    }
+    if 16 * topk > area:
+        sizes |= {name: -(-area // group) + width * topk for name, (group, width) in _GROUPS.items()}
     # Sets with repeats of "absent" are few more than sets without; one code for both.
     enumeration = (math.comb(area + topk, topk) - 1).bit_length() if topk <= 63 else 64
     return sizes | ({"enumeration": enumeration} if enumeration <= 63 else {})
@@ -119,6 +137,65 @@ def _elias_fano_decode(bits: Tensor, chunks: int, topk: int, area: int) -> Tenso
     return (high << low) + from_planes(bits[chunks * width :], low).view(chunks, topk)
 
 
+@functools.cache
+def _words(group: int, width: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """The prefix code of the non-empty subsets of ``group`` places, as bits of a number: ``width`` bits per member.
+
+    Returns the symbols of each subset, [2^group, group], and per level the table [nodes, 2^width] that leads from a
+    node and a symbol to a node of the next level, or to subset s as -s.
+    """
+    subsets = [[s for s in range(1 << group) if s.bit_count() == level + 1] for level in range(group)]
+    inner = [0] * group  # nodes of each level that must go on to hold the words of those below
+    for level in reversed(range(group - 1)):
+        inner[level] = -(-(len(subsets[level + 1]) + inner[level + 1]) >> width)
+    symbols = torch.zeros(1 << group, group, dtype=torch.uint8)
+    tables: list[Tensor] = []
+    prefixes: list[list[int]] = [[]]
+    for level, members in enumerate(subsets):
+        words = [[*prefix, symbol] for prefix in prefixes for symbol in range(1 << width)]
+        leads = [-s for s in members] + list(range(inner[level])) + [0] * len(words)
+        tables.append(torch.tensor(leads[: len(words)], device=device).view(-1, 1 << width))
+        for subset, word in zip(members, words, strict=False):
+            symbols[subset, : level + 1] = torch.tensor(word, dtype=torch.uint8)
+        prefixes = words[len(members) : len(members) + inner[level]]
+    return symbols.to(device), tables
+
+
+def _groups(index_BK: Tensor, area: int, group: int, width: int) -> list[Tensor]:
+    chunks, topk = index_BK.shape
+    places = torch.zeros(chunks, -(-area // group) * group + 1, dtype=torch.int64, device=index_BK.device)
+    places.scatter_(1, torch.where(index_BK < area, index_BK, places.shape[1] - 1).long(), 1)
+    member = places[:, :-1].view(chunks, -1, group)
+    subset, count = (member << torch.arange(group, device=index_BK.device)).sum(2), member.sum(2)
+    words = _words(group, width, index_BK.device)[0]
+    # First symbols of all groups, then second symbols of those that have one, and so on.
+    symbols = torch.zeros(chunks, topk + 1, dtype=torch.uint8, device=index_BK.device)
+    begin = torch.zeros(chunks, 1, dtype=torch.int64, device=index_BK.device)
+    for level in range(int(count.max()) if count.numel() else 0):
+        active = count > level
+        at = torch.where(active, begin + active.cumsum(1) - 1, topk)
+        symbols.scatter_(1, at, words[:, level][subset])
+        begin = begin + active.sum(1, keepdim=True)
+    return [(count > 0).to(torch.uint8).view(-1), to_planes(symbols[:, :topk].contiguous(), width)]
+
+
+def _groups_decode(bits: Tensor, chunks: int, topk: int, area: int, group: int, width: int) -> Tensor:
+    number = chunks * -(-area // group)
+    active = bits[:number].view(chunks, -1).bool()
+    symbols = from_planes(bits[number:], width).view(chunks, topk)
+    begin, node, subset = (torch.zeros_like(active[:, :n], dtype=torch.int64) for n in (1, None, None))
+    for table in _words(group, width, bits.device)[1]:
+        read = symbols.gather(1, (begin + active.cumsum(1) - 1).clamp(0, topk - 1))
+        begin = begin + active.sum(1, keepdim=True)
+        lead = table[node, read]
+        subset = torch.where(active & (lead < 0), -lead, subset)
+        active, node = active & (lead >= 0), lead.clamp(min=0)
+    chosen = (subset.unsqueeze(2) >> torch.arange(group, device=bits.device) & 1).bool().view(chunks, -1)
+    if bool((begin > topk).any()) or bool(active.any()) or bool(chosen[:, area:].any()):
+        raise ValueError("update is damaged: a chunk has other indices than can be")
+    return _places(chosen[:, :area], topk)
+
+
 def _bitmap(index_BK: Tensor, area: int) -> list[Tensor]:
     bits = torch.zeros(len(index_BK), area + 1, dtype=torch.uint8, device=index_BK.device)
     return [bits.scatter_(1, index_BK.long(), 1)[:, :area].reshape(-1)]
@@ -128,5 +205,15 @@ def _bitmap_decode(bits: Tensor, chunks: int, topk: int, area: int) -> Tensor:
     chosen = bits.view(chunks, area).bool()
     if bool((chosen.sum(1) > topk).any()):
         raise ValueError("update is damaged: a chunk has too many indices")
-    symbol = torch.where(chosen, torch.arange(area, device=bits.device), area)
-    return symbol.sort(1).values[:, :topk].contiguous()
+    return _places(chosen, topk)
+
+
+def _places(chosen: Tensor, topk: int) -> Tensor:
+    """Where each row of ``chosen`` [chunks, area] is true, ascending, then ``area``."""
+    chunks, area = chosen.shape
+    row, place = chosen.nonzero().unbind(1)
+    count = chosen.sum(1)
+    slot = torch.arange(len(row), device=chosen.device) - (count.cumsum(0) - count)[row]
+    index = torch.full((chunks, topk), area, device=chosen.device)
+    index[row, slot] = place
+    return index

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sparktrain.config import AdamW, Optimizer
 from sparktrain.train.strategies.contract import Traffic
+from sparktrain.train.strategies.inner import adamw
 
 
 class AllReduceAdamW:
@@ -24,26 +25,18 @@ class AllReduceAdamW:
         process_group: ranks to average over; none: all.
     """
 
+    local = False
+
     def __init__(
         self,
         parameters: dict[str, torch.nn.Parameter],
         settings: Optimizer,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        trained = [p for p in parameters.values() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
+        self.optimizer = adamw(parameters, settings)
         self.traffic = Traffic()
-        self._parameters = trained
+        self._named = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._parameters = list(self._named.values())
         self._group = process_group
         self._world = dist.get_world_size(process_group)
 
@@ -64,7 +57,7 @@ class AllReduceAdamW:
             for parameter, piece in zip(owners, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, tokens: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -72,14 +65,20 @@ class AllReduceAdamW:
     def sync(self) -> None:
         """Nothing: every step leaves the same parameters on every rank."""
 
+    def extract(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self._named.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """All of it is shared: a world of any size goes on from it."""
+        return {"shared": self.optimizer.state_dict(), "rank": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load_state_dict(state["shared"])
 
 
-def build(parameters: dict[str, torch.nn.Parameter], section: AdamW, optimizer: Optimizer) -> AllReduceAdamW:
+def build(
+    parameters: dict[str, torch.nn.Parameter], section: AdamW, optimizer: Optimizer, steps: int
+) -> AllReduceAdamW:
     return AllReduceAdamW(parameters, optimizer)
 
 

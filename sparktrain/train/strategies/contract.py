@@ -1,11 +1,14 @@
 """What a strategy is: that which stands where ``optimizer.step()`` stood.
 
-The loop leaves in each parameter's ``.grad`` this rank's gradient, scaled so that its **mean over ranks is the
-gradient of the global batch's mean token loss**, whatever share of the batch each rank had. Then, on every rank::
+The loop leaves in each parameter's ``.grad`` this rank's gradient. Whatever share of the batch each rank had, it is
+scaled so that its **mean over ranks is the gradient of the global batch's mean token loss**; or, for a strategy whose
+ranks take steps of their own (``local``), so that it is **the gradient of the mean loss of this rank's own tokens**: a
+step must not be longer because the share is larger, so the share counts when contributions are averaged, by the tokens
+that ``step`` was told of. Then, on every rank::
 
     strategy.average_gradients()    # only all-reduce does something here
     clip(parameters)                # one place for clipping and for noticing a gradient that is not finite
-    strategy.step(lr)
+    strategy.step(lr, tokens)
 
 Every strategy keeps parameters bit-identical on all ranks after each sync, aggregates in rank order, works at world
 size 1, and is usable without Spark as a plain PyTorch object. A strategy never imports another one.
@@ -50,29 +53,39 @@ class Strategy(Protocol):
     """How ranks turn their gradients into shared progress."""
 
     traffic: Traffic
+    local: bool
 
     def average_gradients(self) -> None:
         """Replace ``.grad`` by its mean over ranks, where the strategy needs that before clipping; else nothing."""
 
-    def step(self, lr: float) -> None:
-        """Consume ``.grad``, communicate as needed, update the parameters with learning rate ``lr``."""
+    def step(self, lr: float, tokens: int) -> None:
+        """Consume ``.grad``, which comes from ``tokens`` predicted tokens of this rank; communicate as needed; update
+        the parameters with learning rate ``lr``."""
 
     def sync(self) -> None:
-        """Bring every rank to the same parameters: before evaluation, export and the end."""
+        """Bring every rank to the same parameters: before evaluation, export and the end. Training goes on from
+        where it leaves them."""
+
+    def extract(self) -> dict[str, torch.Tensor]:
+        """The weights that all ranks share, by name, as a checkpoint or a reader should see them now: not copies, no
+        communication. Between two syncs these may be others than the parameters that this rank is training."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Complete state to resume from."""
+        """Complete state to resume from, at any step: ``{"shared": the same on every rank, "rank": this rank's own}``,
+        trees of dictionaries, lists, tuples, plain values and tensors. No communication."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`, with the parameters at what :meth:`extract` gave. ``state["rank"]`` is None on
+        a rank that the saved world did not have; what happens then is each strategy's rule."""
 
 
 class StrategyKind(NamedTuple):
     """A row of the strategy table.
 
-    build: ``(parameters by name, strategy section, optimizer section) -> Strategy``.
-    traffic_per_step: ``(parameter shapes, strategy section, world size) -> Traffic`` of one step, in closed form.
+    build: ``(parameters by name, strategy section, optimizer section, planned steps) -> Strategy``.
+    traffic_per_step: ``(parameter shapes, strategy section, world size) -> Traffic`` of one step, in closed form;
+    where a strategy does not communicate in every step, the mean over those of a round, rounded up.
     """
 
-    build: Callable[[dict[str, torch.nn.Parameter], Any, Any], Strategy]
+    build: Callable[[dict[str, torch.nn.Parameter], Any, Any, int], Strategy]
     traffic_per_step: Callable[[Sequence[torch.Size], Any, int], Traffic]

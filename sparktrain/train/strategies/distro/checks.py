@@ -1,24 +1,14 @@
-"""What ranks must agree on, and how a rank that does not is named.
+"""Which settings, parameters and gradients DisTrO can work with, and how one that it cannot is named."""
 
-These are control messages of a few bytes; every rank calls them in the same order, and every branch is taken on what
-all ranks have received.
-"""
-
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from sparktrain.errors import ConfigError, Diverged
-
-_TEXT = 256
-
-# Its name before torch 2.13, where the old one warns on every rank.
-all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from sparktrain.errors import ConfigError
+from sparktrain.train.compression.wire import VALUES
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -52,8 +42,10 @@ def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None
             )
 
 
-def check_settings(decay: float, topk: int, chunk: int, lr: float, weight_decay: float) -> None:
+def check_settings(decay: float, topk: int, chunk: int, lr: float, weight_decay: float, values: str) -> None:
     """``ConfigError`` naming the setting that is out of range."""
+    if values not in VALUES:
+        raise ConfigError(f"values is {values!r}: expected one of {', '.join(VALUES)}")
     if not (math.isfinite(lr) and lr >= 0):
         raise ConfigError(f"lr is {lr}: expected a number of at least 0")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
@@ -70,62 +62,6 @@ def check_settings(decay: float, topk: int, chunk: int, lr: float, weight_decay:
         )
 
 
-def agree_on_layout(
-    descriptions: Sequence[str], settings: str, device: torch.device, group: dist.ProcessGroup | None
-) -> None:
-    """``ConfigError`` on every rank where settings or tensors differ, naming the first tensor that does."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return
-    summary = [_hash(settings), len(descriptions), _hash("\n".join(descriptions))]
-    everyones = _gather(torch.tensor(summary, device=device), group)
-    if bool((everyones[:, 0] != everyones[0, 0]).any()):
-        texts = _gather_text(settings, device, group)
-        rank = next(r for r, text in enumerate(texts) if text != texts[0])
-        raise ConfigError(
-            f"DisTrO's settings differ between ranks: rank 0 has {texts[0]}, rank {rank} has {texts[rank]}"
-        )
-    if not bool((everyones != everyones[0]).any()):
-        return
-    most = int(everyones[:, 1].max())
-    hashes = torch.tensor([_hash(d) for d in descriptions] + [0] * (most - len(descriptions)), device=device)
-    everyones = _gather(hashes, group)
-    first = int((everyones != everyones[0]).any(0).long().argmax())
-    texts = _gather_text(descriptions[first] if first < len(descriptions) else "no such tensor", device, group)
-    rank = next(r for r, text in enumerate(texts) if text != texts[0])
-    raise ConfigError(
-        f"ranks train different parameters: tensor {first} is {texts[0]} on rank 0 and {texts[rank]} on rank {rank}"
-    )
-
-
-def compare_digests(digests: Sequence[int], step: int) -> None:
-    """``Diverged`` naming the ranks in the minority where not all are equal."""
-    if len(set(digests)) == 1:
-        return
-    common = max(digests, key=lambda d: (digests.count(d), -digests.index(d)))
-    others = [rank for rank, value in enumerate(digests) if value != common]
-    raise Diverged(
-        f"parameters differ between ranks after step {step}: rank{'s' if len(others) > 1 else ''} "
-        f"{', '.join(map(str, others))} differ from rank {digests.index(common)}; "
-        f"ranks on different kinds of processor do not compute the same bits"
-    )
-
-
-def exchange_digest(digest: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
-    """Every rank's digest."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return [digest]
-    return [from_bytes(row) for row in _gather(to_bytes(digest, device), group)]
-
-
-def to_bytes(number: int, device: torch.device) -> Tensor:
-    """Eight bytes of an unsigned 64-bit number."""
-    return torch.tensor(list(number.to_bytes(8, "little")), dtype=torch.uint8, device=device)
-
-
-def from_bytes(data: Tensor) -> int:
-    return int.from_bytes(bytes(data.tolist()), "little")
-
-
 def first_not_finite(names: Sequence[str], gradients: Sequence[Tensor | None]) -> str | None:
     """Name of the first parameter whose gradient holds an infinity or a NaN; ``ConfigError``: one is sparse."""
     sparse = [name for name, g in zip(names, gradients, strict=True) if g is not None and g.layout != torch.strided]
@@ -137,22 +73,3 @@ def first_not_finite(names: Sequence[str], gradients: Sequence[Tensor | None]) -
     # The norm of huge but finite gradients overflows: look at the elements themselves.
     named = zip(names, gradients, strict=True)
     return next((name for name, g in named if g is not None and not bool(g.isfinite().all())), None)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def _gather(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[ranks, len(mine)]; as bytes, which every backend takes."""
-    data = mine.contiguous().view(torch.uint8)
-    world = dist.get_world_size(group)
-    everyones = torch.empty(world * len(data), dtype=torch.uint8, device=mine.device)
-    all_gather(everyones, data, group=group)
-    return everyones.view(mine.dtype).view(world, -1)
-
-
-def _gather_text(text: str, device: torch.device, group: dist.ProcessGroup | None) -> list[str]:
-    data = text.encode()[:_TEXT].ljust(_TEXT)
-    rows = _gather(torch.tensor(list(data), dtype=torch.uint8, device=device), group)
-    return [bytes(row.tolist()).decode(errors="replace").strip() for row in rows]

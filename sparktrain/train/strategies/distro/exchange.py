@@ -10,7 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.distro.checks import agree_on_layout, all_gather, compare_digests, exchange_digest
+from sparktrain.train.strategies.replicas.agreement import (
+    agree_on_layout,
+    all_gather,
+    compare_digests,
+    exchange_digest,
+)
 
 
 class Exchange:
@@ -33,7 +38,7 @@ class Exchange:
 
     def agree(self, tensors: Sequence[str], settings: str, payload_bytes: int, gradient_bytes: int) -> None:
         """Compare layouts over ranks, and warn where all this is in vain."""
-        agree_on_layout(tensors, settings, self._device, self._group)
+        agree_on_layout("DisTrO", tensors, settings, self._device, self._group)
         self.agreed = True
         received, ring = (self.world - 1) * payload_bytes, 2 * gradient_bytes * (self.world - 1) // self.world
         if received > ring:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparktrain.train.compression.wire import Values, pack_bits, unpack_bits
-from sparktrain.train.strategies.distro.checks import from_bytes, to_bytes
 from sparktrain.train.strategies.distro.layout import Layout, prefix_bytes
 from sparktrain.train.strategies.distro.tiles import Chosen, Seconds
+from sparktrain.train.strategies.replicas.agreement import from_bytes, to_bytes
 
 _DIGEST = slice(1, 9)
 

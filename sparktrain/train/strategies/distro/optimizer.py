@@ -38,7 +38,7 @@ from torch import Tensor
 
 from sparktrain.config import Distro, Optimizer
 from sparktrain.errors import ConfigError
-from sparktrain.train.compression.wire import VALUES, Values
+from sparktrain.train.compression.wire import Values
 from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.distro import checks as checks
 from sparktrain.train.strategies.distro import message as message
@@ -87,9 +87,7 @@ class DisTrO(torch.optim.Optimizer):
         verify_every: int = 0,
         max_refused: int = 10,
     ) -> None:
-        checks.check_settings(compression_decay, compression_topk, compression_chunk, lr, weight_decay)
-        if values not in VALUES:
-            raise ConfigError(f"values is {values!r}: expected one of {', '.join(VALUES)}")
+        checks.check_settings(compression_decay, compression_topk, compression_chunk, lr, weight_decay, values)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.values: Values = "1bit" if quantize_1bit else values
         self.compression_decay, self.overlap, self.verify_every = compression_decay, overlap, verify_every
@@ -97,7 +95,7 @@ class DisTrO(torch.optim.Optimizer):
         self._layout += f", values {self.values}, overlap {overlap}"
         self._rules = f"compression_decay {compression_decay}, verify_every {verify_every}, max_refused {max_refused}"
         self.numbers = message.Numbers()
-        self.steps = 0
+        self.steps, self.local = 0, False
         self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._names = checks.names_of(self.param_groups)
         checks.check_parameters(self._names, self._parameters)
@@ -116,10 +114,10 @@ class DisTrO(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def average_gradients(self) -> None:
-        """Nothing: every rank keeps its own gradient."""
+        """Nothing: each rank keeps its own."""
 
     @torch.no_grad()
-    def step(self, lr: float | None = None) -> None:  # type: ignore[override]
+    def step(self, lr: float | None = None, tokens: int | None = None) -> None:  # type: ignore[override]
         """One update of all parameters; ``lr`` overrides that of every group. Every rank must call it."""
         self._set_lr(lr)
         self._weights.restore()
@@ -169,16 +167,16 @@ class DisTrO(torch.optim.Optimizer):
         """Apply the updates of all ranks, in the same order everywhere. ``ValueError`` where one is damaged."""
         self._set_lr(lr)
         self._weights.restore()
-        for number, update in enumerate(updates):
+        for i, update in enumerate(updates):
             if len(update) != self._payload_bytes:
-                raise ValueError(f"update {number} has {len(update)} bytes, expected {self._payload_bytes}")
+                raise ValueError(f"update {i} has {len(update)} bytes, expected {self._payload_bytes}")
         rows = [torch.frombuffer(bytearray(update), dtype=torch.uint8) for update in updates]
         if rows:
             self._move(self._updates.read(torch.stack(rows).to(self._tiles.device), self.steps))
 
     def extract(self) -> dict[str, Tensor]:
         """The weights by name, without look-ahead: not copies."""
-        return dict(zip(self._names, (t.detach() for t in self._weights.current()), strict=True))
+        return {name: t.detach() for name, t in zip(self._names, self._weights.current(), strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """``{"shared": the same on every rank, "rank": this rank's own}``; not copies. See the module."""
@@ -203,6 +201,7 @@ class DisTrO(torch.optim.Optimizer):
             rest.copy_(shared["rests"][self._names[number]])
         self._exchange.resume(shared["under_way"])
         self._updates.load(state_dict.get("rank"))
+        self.look_ahead()
 
     def _train(self) -> Tensor:
         due = self.verify_every and self.steps % self.verify_every == 0
@@ -211,10 +210,11 @@ class DisTrO(torch.optim.Optimizer):
         return self._updates.make(gradients, self.compression_decay, rates, digest)
 
     def _move(self, said: message.Said | None) -> None:
-        if said is not None:
-            began = time.perf_counter()
-            self._weights.apply(self._tiles.directions(said.chosen), said.moved, self.param_groups)
-            self._tiles.seconds.apply += time.perf_counter() - began
+        if said is None:
+            return
+        began = time.perf_counter()
+        self._weights.apply(self._tiles.directions(said.chosen), said.moved, self.param_groups)
+        self._tiles.seconds.apply += time.perf_counter() - began
 
     def _set_lr(self, lr: float | None) -> None:
         for group in self.param_groups:
@@ -230,7 +230,7 @@ class DisTrO(torch.optim.Optimizer):
         return self._tiles.layout.payload_bytes(self.values)
 
 
-def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer: Optimizer) -> DisTrO:
+def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer: Optimizer, steps: int) -> DisTrO:
     trained = {id(p): (name, p) for name, p in reversed(parameters.items()) if p.requires_grad}
     ordered = list(reversed(trained.values()))
     groups = [

@@ -9,8 +9,9 @@ from torch import Tensor
 from sparktrain.errors import Diverged
 from sparktrain.train.compression.wire import Values
 from sparktrain.train.strategies.distro import message as message
-from sparktrain.train.strategies.distro.checks import compare_digests, first_not_finite
+from sparktrain.train.strategies.distro.checks import first_not_finite
 from sparktrain.train.strategies.distro.tiles import Chosen, Tiles
+from sparktrain.train.strategies.replicas.agreement import compare_digests
 
 
 class Updates:

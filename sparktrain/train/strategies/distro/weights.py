@@ -14,10 +14,7 @@ from torch import Tensor
 
 from sparktrain.train.strategies.distro.layout import Piece, Tile
 from sparktrain.train.strategies.distro.tiles import Tiles
-
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_DIGEST_BLOCK = 1 << 18
-_DIGEST_PRIME = 0x100000001B3
+from sparktrain.train.strategies.replicas.agreement import digest
 
 
 class Weights:
@@ -112,19 +109,3 @@ def split_master(master: Tensor, parameter: Tensor, rest: Tensor) -> None:
     upper = (bits + 0x8000) >> 16
     parameter.view(torch.int16).copy_(upper)
     rest.copy_(bits - (upper << 16))
-
-
-def digest(tensors: Sequence[Tensor]) -> int:
-    """A 64-bit sum of all words, each times an odd number of its place."""
-    total = 0
-    if not tensors:
-        return total
-    place = torch.arange(_DIGEST_BLOCK, device=tensors[0].device)
-    # Half of 2^64 / golden ratio, so that it fits int64; products wrap around.
-    place = place.mul_(0x4F1BBCDCBFA53E0B).bitwise_or_(1)
-    for tensor in tensors:
-        words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
-        for block in torch.split(words, _DIGEST_BLOCK):
-            part = int((block.to(torch.int64) * place[: len(block)]).sum())
-            total = (total * _DIGEST_PRIME + part) % 2**64
-    return total

@@ -1,0 +1,235 @@
+"""Checkpoints on disk: parts written by the ranks, and a manifest that is written last.
+
+::
+
+    checkpoints/000000100-g000003/       parts; a Hugging Face model directory too
+    checkpoints/000000100-g000003.json   manifest: sha256 and size of every part; without it there is no checkpoint
+    checkpoints/000000100-g000003.pin    made by hand: never remove this one
+
+A name holds the step and the attempt, so none is written twice. Manifests stay when their parts are removed: the
+chain of their parents is the run's history, and says which attempt's steps count.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparktrain.errors import LaunchError, ModelError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a checkpoint: its content's sha256 and its size."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint that exists.
+
+    Args:
+        step: steps that were done, which is the number of the next one.
+        parent: the checkpoint before it; None: the first.
+        world: ranks that wrote it.
+        parts: by path below the run directory.
+        values: plain values that the run goes on with.
+    """
+
+    name: str
+    step: int
+    generation: int
+    parent: str | None
+    world: int
+    parts: dict[str, Part]
+    values: dict[str, Any]
+
+
+class Checkpoints:
+    """Those of the run directory ``run_dir``. Making the object touches nothing."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.path = run_dir / "checkpoints"
+
+    def directory(self, name: str) -> Path:
+        return self.path / name
+
+    def write_part(self, file: Path, content: bytes, like: Manifest | None) -> dict[str, Part]:
+        """Write one part; where checkpoint ``like`` has the same content under the same name, link it instead."""
+        part = Part(hashlib.sha256(content).hexdigest(), len(content))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not (like and self._linked(file, part, like)):
+            with open(file, "wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+        return {str(file.relative_to(self.run_dir)): part}
+
+    def seal(self, name: str, rank: int, parts: Mapping[str, Part]) -> None:
+        """Say that all parts of ``rank`` are on disk."""
+        content = json.dumps({path: asdict(part) for path, part in parts.items()}).encode()
+        _write(self.directory(name) / f".rank-{rank:05d}.json", content)
+
+    def commit(self, manifest: Manifest, seconds: float) -> Manifest:
+        """Wait until every rank has sealed its parts, then write the manifest: from here on the checkpoint exists."""
+        directory, deadline = self.directory(manifest.name), time.monotonic() + seconds
+        parts: dict[str, Part] = {}
+        for rank in range(manifest.world):
+            seal = directory / f".rank-{rank:05d}.json"
+            while not seal.exists():
+                if time.monotonic() > deadline:
+                    raise LaunchError(f"checkpoint {manifest.name}: rank {rank} did not write its part in {seconds} s")
+                time.sleep(0.01)
+            parts |= {path: Part(**part) for path, part in json.loads(seal.read_text()).items()}
+        for path, part in parts.items():
+            if (found := (self.run_dir / path).stat().st_size) != part.num_bytes:
+                raise LaunchError(
+                    f"checkpoint {manifest.name}: {path} has {found} bytes, {part.num_bytes} were written"
+                )
+        complete = Manifest(**vars(manifest) | {"parts": parts})
+        _sync_directory(directory)
+        _write(self._manifest(manifest.name), (json.dumps(asdict(complete), indent=1) + "\n").encode())
+        for rank in range(manifest.world):
+            (directory / f".rank-{rank:05d}.json").unlink()
+        return complete
+
+    def read(self, name: str) -> Manifest:
+        """The manifest of ``name``. Raises :class:`ModelError` where there is none or it cannot be read."""
+        try:
+            values = json.loads(self._manifest(name).read_text(encoding="utf-8"))
+            return Manifest(**values | {"parts": {path: Part(**part) for path, part in values["parts"].items()}})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"checkpoint {name} of {self.run_dir} has no readable manifest: {error}") from None
+
+    def newest(self) -> tuple[Manifest | None, list[str]]:
+        """The newest checkpoint all of whose parts are whole, and what is wrong with each newer one."""
+        damages = []
+        for name in self._names():
+            try:
+                manifest = self.read(name)
+            except ModelError as error:
+                damages.append(str(error))
+                continue
+            damage = self.damage(manifest)
+            if damage is None:
+                return manifest, damages
+            damages.append(f"checkpoint {name} is damaged: {damage}")
+        return None, damages
+
+    def latest_step(self) -> int:
+        """Steps of the newest checkpoint, whole or not; 0 before the first."""
+        return max((_step_of(name) for name in self._names()), default=0)
+
+    def damage(self, manifest: Manifest) -> str | None:
+        """What is wrong with the parts of a checkpoint; None: nothing."""
+        for path, part in manifest.parts.items():
+            file = self.run_dir / path
+            if not file.is_file():
+                return f"{path} is missing"
+            if (found := file.stat().st_size) != part.num_bytes:
+                return f"{path} has {found} bytes, expected {part.num_bytes}"
+            if sha256_of(file) != part.sha256:
+                return f"{path} has another content than was written"
+        return None
+
+    def lineage(self, name: str | None) -> list[Manifest]:
+        """The checkpoints that led to ``name`` and itself, oldest first: the steps before each are its attempt's."""
+        chain: list[Manifest] = []
+        while name is not None:
+            chain.append(self.read(name))
+            name = chain[-1].parent
+        return chain[::-1]
+
+    def retain(self, keep_last: int, keep_every: int) -> None:
+        """Remove the parts of all but the last ``keep_last``, those at multiples of ``keep_every`` steps (0: none)
+        and pinned ones. Manifests and what lies outside the checkpoint's directory stay."""
+        for name in self._names()[keep_last:]:
+            kept = keep_every and _step_of(name) % keep_every == 0
+            if not kept and not (self.path / f"{name}.pin").exists():
+                self._remove(name)
+
+    def sweep(self) -> None:
+        """Remove what was begun and never committed. Only at the start of an attempt, which is the only writer."""
+        known = set(self._names())
+        for directory in self.path.glob("*/"):
+            if directory.name not in known:
+                self._remove(directory.name)
+
+    def _names(self) -> list[str]:
+        """Checkpoints with a manifest and parts, newest first."""
+        names = [file.stem for file in self.path.glob("*-g*.json") if (self.path / file.stem).is_dir()]
+        return sorted(names, key=lambda name: (_generation_of(name), _step_of(name)), reverse=True)
+
+    def _manifest(self, name: str) -> Path:
+        return self.path / f"{name}.json"
+
+    def _remove(self, name: str) -> None:
+        grave = self.path / f".removed-{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):
+            self.directory(name).rename(grave)  # at once: nobody sees a checkpoint that is half removed
+            shutil.rmtree(grave, ignore_errors=True)
+
+    def _linked(self, file: Path, part: Part, like: Manifest) -> bool:
+        same = self.directory(like.name) / file.name
+        if like.parts.get(str(same.relative_to(self.run_dir))) != part:
+            return False
+        with contextlib.suppress(OSError):  # removed meanwhile, or a file system without links
+            file.hardlink_to(same)
+            return True
+        return False
+
+
+def name_of(step: int, generation: int) -> str:
+    return f"{step:09d}-g{generation:06d}"
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def parts_of(run_dir: Path, files: Iterable[Path]) -> dict[str, Part]:
+    """Files that somebody else has written, as parts; brought to disk."""
+    parts = {}
+    for file in files:
+        with open(file, "rb") as content:
+            os.fsync(content.fileno())
+        parts[str(file.relative_to(run_dir))] = Part(sha256_of(file), file.stat().st_size)
+    return parts
+
+
+def _step_of(name: str) -> int:
+    return int(name.partition("-g")[0])
+
+
+def _generation_of(name: str) -> int:
+    return int(name.partition("-g")[2])
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with open(temporary, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
