@@ -30,7 +30,9 @@ _FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".f32le"}
+# What goes with a model: configuration, tokenizer, template, card, license. Not weights in other formats, and not what
+# else a checkpoint holds.
+_BESIDE = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".md", ""}
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """The model at ``path``: a run directory with a trained model, a Hugging Face directory or a parameter pack.
+    """The model at ``path``: a run directory with a trained model, a Hugging Face directory (which a checkpoint is,
+    too) or a parameter pack.
 
     Raises :class:`ModelError` for anything else, and for files that are torn.
     """
-    if (path / "manifest.json").exists():
+    if (path / "manifest.json").exists() and not (path / "config.json").exists():
         manifest, values = read_manifest(path)
         part = Part(values.name, (manifest["parameter_count"],), torch.float32, values, 0, values.stat().st_size)
         hashes = {key: manifest[key] for key in ("layout_hash", "model_schema_hash")}
@@ -130,7 +133,7 @@ def write_merged(
     temporary.mkdir(parents=True)
     try:
         for beside in sorted(base.path.iterdir()):
-            if beside.is_file() and beside.suffix not in _WEIGHTS:
+            if beside.is_file() and beside.suffix in _BESIDE and not beside.name.startswith("."):
                 shutil.copy(beside, temporary / beside.name)
         for file in base.files:  # the same size and header, then other numbers in the same places
             with file.open("rb") as old, (temporary / file.name).open("wb") as new:
