@@ -11,6 +11,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,10 @@ def parse(model: type[Config], argv: Sequence[str]) -> Config:
     file = argv[0] if argv and not argv[0].startswith("-") else None
     flags = [_kebab(word) for word in (argv[1:] if file else argv)]
     values = _read_toml(Path(file), model) if file else {}
+    # pydantic-settings demands on the command line whatever has no default, even where the file gives it.
+    given = {name: copy(field) for name, field in model.model_fields.items() if name in values and field.is_required()}
+    for name, field in given.items():
+        field.default = values[name]
     settings = type(
         model.__name__,
         (model,),
@@ -43,6 +48,8 @@ def parse(model: type[Config], argv: Sequence[str]) -> Config:
             },
             "__doc__": model.__doc__,
             "__module__": model.__module__,
+            "__annotations__": {name: field.annotation for name, field in given.items()},
+            **given,
         },
     )
     try:
