@@ -1,18 +1,22 @@
 """What a run is: one frozen, validated tree of settings.
 
 ``RunConfig`` is written resolved to the run directory and read back by every rank. How a user says it (TOML file,
-command line, ``--help``) is ``cli.py``. A strategy's settings are one frozen class here and one entry of
-``Strategy``; the code is one file under ``train/strategies``.
+command line, ``--help``) is ``cli.py``. The settings of strategies and their optimizer are in
+``sections.py``.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from sparktrain.sections import AdamW as AdamW
+from sparktrain.sections import Diloco as Diloco
+from sparktrain.sections import Distro as Distro
+from sparktrain.sections import Optimizer as Optimizer
+from sparktrain.sections import Section as Section
+from sparktrain.sections import Sparseloco as Sparseloco
+from sparktrain.sections import Strategy as Strategy
 
 
 class Run(Section):
@@ -92,23 +96,6 @@ class Train(Section):
         return self
 
 
-class Optimizer(Section):
-    lr: float = Field(4e-4, gt=0, lt=10, allow_inf_nan=False)
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates."""
-    eps: float = Field(1e-8, gt=0, lt=1)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(0.1, ge=0, lt=10)
-    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
-
-    @model_validator(mode="after")
-    def _betas_are_rates(self) -> "Optimizer":
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas are {list(self.betas)}: expected two numbers in [0, 1)")
-        return self
-
-
 class Schedule(Section):
     kind: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = "cosine"
     """Shape of the learning rate after the warm-up."""
@@ -118,44 +105,6 @@ class Schedule(Section):
     """Learning rate at the last step and ever after, as a part of optimizer.lr."""
     decay_steps: int = Field(0, ge=0)
     """warmup-stable-decay: steps of the final linear decay; 0: a fifth of the run."""
-
-
-class AdamW(Section):
-    kind: Literal["adamw"] = "adamw"
-    """How ranks turn their gradients into shared progress."""
-
-
-class Distro(Section):
-    kind: Literal["distro"] = "distro"
-    """How ranks turn their gradients into shared progress."""
-    compression_decay: float = Field(0.999, ge=0, le=1)
-    """Decay of the momentum that holds what was not sent yet; 0.95 to 0.99 for short runs."""
-    compression_topk: int = Field(32, ge=1)
-    """DCT coefficients sent per chunk."""
-    compression_chunk: int = Field(64, ge=2, le=64)
-    """Edge of the square chunks the DCT works on."""
-    values: Literal["fp32", "bf16", "int8", "1bit"] = "fp32"
-    """How a coefficient's value is sent; 1bit: its sign alone."""
-    overlap: bool = False
-    """Messages travel during the next step and are applied after it; gradients are taken at a look-ahead point."""
-    cut: Literal["padded", "divisor"] = "padded"
-    """How matrices are cut into chunks; divisor: by Psyche's rule, for which prime dimensions are bad."""
-    verify_every: int = Field(0, ge=0)
-    """Compare a digest of the parameters over ranks every so many steps; 0: at checkpoints only."""
-    max_refused: int = Field(10, ge=1)
-    """Stop after so many steps in a row in which a rank's gradient was not finite."""
-
-    @model_validator(mode="after")
-    def _topk_fits(self) -> "Distro":
-        if self.compression_topk > self.compression_chunk**2:
-            raise ValueError(
-                f"strategy.compression_topk is {self.compression_topk}, more than a chunk holds: "
-                f"set it to at most {self.compression_chunk**2}"
-            )
-        return self
-
-
-Strategy = AdamW | Distro
 
 
 class Checkpoint(Section):

@@ -17,8 +17,6 @@ import signal
 import time
 from dataclasses import dataclass
 
-from sparktrain.errors import ConfigError
-
 PLACES = (
     "start",  # the rank knows its place in the world
     "loaded",  # model and strategy are there, no step was taken
@@ -46,7 +44,7 @@ _armed: list[_Failpoint] = []
 
 
 def arm(text: str) -> None:
-    """Arm the failpoints that ``text`` names, and no others."""
+    """Arm the failpoints that ``text`` names, and no others; ``ValueError``: it names none."""
     _armed[:] = [_parse(one.strip()) for one in text.split(";") if one.strip()]
 
 
@@ -68,7 +66,7 @@ def _parse(text: str) -> _Failpoint:
         if action in ("exit", "delay"):
             int(number)
     except ValueError:
-        raise ConfigError(
+        raise ValueError(
             f"failpoint {text!r} is none: expected PLACE@rank=R,step=S:WHAT with a place of {', '.join(PLACES)} "
             "and kill, stop, raise, full, exit=N or delay=MILLISECONDS"
         ) from None

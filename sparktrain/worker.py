@@ -36,7 +36,10 @@ def run_rank(run_dir: str) -> RankResult:
     Writes the rank's output file, :class:`RankResult` or :class:`RankFailure`, and returns or raises the same.
     """
     _die_with_parent()
-    failpoints.arm(os.environ.get("SPARKTRAIN_FAILPOINT", ""))
+    try:
+        failpoints.arm(os.environ.get("SPARKTRAIN_FAILPOINT", ""))
+    except ValueError as error:
+        raise ConfigError(f"SPARKTRAIN_FAILPOINT: {error}") from None
     directory, rank = RunDir(run_dir), int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as held:
         generation = int(os.environ.get("SPARKTRAIN_GENERATION", "0"))

@@ -31,6 +31,12 @@ STRATEGIES = {
         *("--strategy.kind", "distro", "--strategy.overlap", "--strategy.values", "1bit"),
         *("--model.dtype", "bfloat16"),
     ),
+    "diloco": ("--strategy.kind", "diloco", "--strategy.sync-every", "3"),
+    "diloco in bf16 with fragments under way": (
+        *("--strategy.kind", "diloco", "--strategy.sync-every", "4", "--strategy.num-fragments", "2"),
+        *("--strategy.fragment-sync-delay", "1", "--strategy.compression", "int4", "--model.dtype", "bfloat16"),
+    ),
+    "sparseloco": ("--strategy.kind", "sparseloco", "--strategy.sync-every", "3"),
 }
 
 

@@ -25,7 +25,7 @@ def draw_chunks(area, topk, chunks, seed, values):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(["fp32", "bf16", "int8", "1bit"]),
+    st.sampled_from(["fp32", "bf16", "int8", "2bit", "1bit"]),
     st.sampled_from([1, 2, 7, 29, 64, 256, 4095, 4096]),
     st.integers(1, 9),
     st.integers(0, 10**6),
@@ -49,6 +49,10 @@ def test_round_trip(values, area, chunks, seed, data):
         # Half a level, and the rounding of the scale to eight bits.
         largest = value.abs().amax(1, keepdim=True)
         assert ((got_value - value).abs() <= largest * (0.5 / 127 + 1 / 256)).all()
+    elif values == "2bit":
+        assert torch.equal(got_value.sign(), value.sign())
+        assert (got_value.unique(dim=1).abs() <= 1.01 * value.abs().max()).all()
+        assert ((got_value - value).abs().sum(1) <= 0.51 * value.abs().sum(1)).all()
     else:
         assert torch.equal(got_value, value)
 
@@ -93,6 +97,14 @@ def test_one_bit_is_the_sign_of_what_is_not_zero():
     value = torch.tensor([[51.0, -35.0, 5.0, -13.0, 6.0]]).bfloat16().float()
     _, decoded = code.decode(code.encode(torch.tensor([[0, 1, 3, 6, 7]]), value), 1)
     assert torch.equal(decoded, value.sign())
+
+
+def test_two_bits_are_the_sign_and_which_of_two_sizes():
+    code = ChunkCode(8, 5, "2bit")
+    value = torch.tensor([[4.0, -8.0, 1.0, -12.0, 0.0]])
+    _, decoded = code.decode(code.encode(torch.tensor([[0, 1, 3, 6, 8]]), value), 1)
+    assert torch.equal(decoded, torch.tensor([[2.5, -10.0, 2.5, -10.0, 0.0]]))
+    assert code.num_bytes(4) == 4 * 4 + -(-4 * code.bits // 8)
 
 
 def test_damaged_bytes_are_refused_not_misread():

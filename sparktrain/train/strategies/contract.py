@@ -48,6 +48,11 @@ class Traffic:
         self.bytes_sent += num_bytes * (world - 1)
         self.bytes_received += num_bytes * (world - 1)
 
+    def per_step(self, steps: int) -> "Traffic":
+        """The mean over ``steps``, bytes rounded up."""
+        payload, sent, received = (-(-n // steps) for n in (self.payload_bytes, self.bytes_sent, self.bytes_received))
+        return Traffic(payload, sent, received, self.seconds / steps)
+
 
 class Strategy(Protocol):
     """How ranks turn their gradients into shared progress."""

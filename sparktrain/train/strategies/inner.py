@@ -2,7 +2,7 @@
 
 import torch
 
-from sparktrain.config import Optimizer
+from sparktrain.sections import Optimizer
 
 
 def adamw(parameters: dict[str, torch.nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
