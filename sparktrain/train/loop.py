@@ -15,6 +15,7 @@ from sparktrain.errors import ConfigError, Diverged
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
+from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import models
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
@@ -66,7 +67,8 @@ def _steps(
     """One record per step of the plan."""
     # The mean over ranks of gradients scaled so is the gradient of the global batch's mean token loss.
     scale = world.size / spec.target_tokens_per_step
-    batches = iter(Batches(directory, spec, world.rank, world.size))
+    shards = opener(config.data, known(spec.shards))
+    batches = iter(Batches(directory, spec, world.rank, world.size, opener=shards))
     for step in range(spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)
