@@ -8,7 +8,7 @@ command line, ``--help``) is ``cli.py``. The settings of strategies and their op
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sparktrain.sections import AdamW as AdamW
 from sparktrain.sections import Diloco as Diloco
@@ -17,6 +17,13 @@ from sparktrain.sections import Optimizer as Optimizer
 from sparktrain.sections import Section as Section
 from sparktrain.sections import Sparseloco as Sparseloco
 from sparktrain.sections import Strategy as Strategy
+
+
+def _several(value: Any) -> Any:
+    return (str(value),) if isinstance(value, str | Path) else value
+
+
+Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
 
 
 class Run(Section):
@@ -29,11 +36,19 @@ class Run(Section):
 
 
 class Data(Section):
-    path: Path = Path("data/train")
-    """Directory with the token shards (*.ds, *.bin, *.npy, *.parquet) to train on. Every executor must be able to read
-    it."""
-    heldout: Path | None = None
-    """Directory with shards to measure the held-out loss on, before and after training."""
+    path: Places = ("data/train",)
+    """Directory, file or URI (https://, hf://datasets/, s3://, ...; x-{00..12}.ds is 13 files), or several, with the
+    token shards (*.ds, *.bin, *.npy, *.parquet) to train on. Every executor must be able to read it."""
+    heldout: Places | None = None
+    """The same with shards to measure the held-out loss on, before and after training."""
+    mirrors: tuple[str, ...] = ()
+    """Roots that hold the same files, such as https://a.org/data and https://b.org/data: what is under one of them is
+    read from another one where it fails."""
+    cache_dir: Path | None = None
+    """Keep shards of elsewhere in this directory of every executor's own disk, verified by sha256; none: read parts
+    as they are needed."""
+    cache_bytes: int = Field(64 << 30, ge=1)
+    """The most that data.cache_dir may hold."""
     heldout_sequences: int = Field(256, ge=1)
     """At most so many held-out sequences are measured: evenly spaced, the same for any number of ranks."""
     sequence_length: int = Field(1024, ge=2)
@@ -156,5 +171,7 @@ class RunConfig(Section):
     """How ranks are started."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make it the same run: all but where it is stored, how it is launched and logged."""
-        return self.model_dump(mode="json", exclude={"launch": True, "checkpoint": True, "run": {"dir", "log_every"}})
+        """The settings that make it the same run: all but where it is stored and how launched, logged and reached."""
+        reach = {"mirrors", "cache_dir", "cache_bytes"}
+        exclude: Any = {"launch": True, "checkpoint": True, "run": {"dir", "log_every"}, "data": reach}
+        return self.model_dump(mode="json", exclude=exclude)

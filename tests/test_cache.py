@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from sparktrain.errors import DataError
 from sparktrain.tokens import sources
-from sparktrain.tokens.cache import Cache
-from sparktrain.tokens.entry import entry_size
 from sparktrain.tokens.sources import http
+from sparktrain.tokens.sources.cache import Cache
+from sparktrain.tokens.sources.entry import entry_size
 from tests.web import FAST, Web, serve
 
 SHARDS = {f"/{i}.ds": np.random.default_rng(i).bytes(30_000 + 1111 * i) for i in range(6)}

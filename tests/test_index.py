@@ -1,6 +1,8 @@
 """The index job: what only a full read shows is one line, before training."""
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,12 @@ def null(directory: Path) -> None:
 
 def test_shards_of_every_format_are_indexed_as_inspected(spark: Any, tmp_path: Path) -> None:
     mixed(tmp_path)
-    found = index.index_shards(spark, tmp_path)
-    assert [shard for shard, _ in found] == [tokens.inspect(path) for path in tokens.find_shards(tmp_path)]
+    found = index.index_shards(spark, tokens.locate_shards(tmp_path), Data())
+    inspected = [tokens.inspect(path) for path in tokens.find_shards(tmp_path)]
+    assert [replace(shard, num_bytes=0, sha256="") for shard, _ in found] == inspected
+    assert [shard.num_bytes for shard, _ in found] == [Path(shard.path).stat().st_size for shard, _ in found]
+    for shard, _ in found[:2]:  # files of tokens and nothing else
+        assert shard.sha256 == hashlib.sha256(Path(shard.path).read_bytes()).hexdigest()
     assert [shard.format for shard, _ in found] == ["ds", "raw", "npy", "parquet"]
     for shard, largest in found:
         assert largest == tokens.TokenFile(shard).read(0, shard.num_tokens).max()
@@ -80,7 +86,7 @@ def test_what_a_full_read_shows_is_one_line(
 ) -> None:
     make(tmp_path)
     with pytest.raises(DataError, match=message) as caught:
-        index.index_shards(spark, tmp_path)
+        index.index_shards(spark, tokens.locate_shards(tmp_path), Data())
     assert "\n" not in str(caught.value)
 
 

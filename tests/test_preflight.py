@@ -53,7 +53,7 @@ def test_auto_is_decided_by_the_master_and_written_down(spark: Any, conf: Any, d
     config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run"))
     local = preflight.resolve(spark, config)
     assert (local.launch.mode, local.launch.ranks) == ("local", 2)
-    assert local.data.path == data / "train"
+    assert local.data.path == (str(data / "train"),)
     conf("spark.task.cpus", "3")
     stage = preflight.resolve(
         spark, cli.parse(RunConfig, tiny_argv(data, tmp_path / "run", "--launch.mode", "executors"))

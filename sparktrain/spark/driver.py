@@ -13,7 +13,9 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.spark import index, launch, planner, preflight, task
-from sparktrain.tokens import check_alike, find_shards
+from sparktrain.tokens import check_alike, locate_shards
+from sparktrain.tokens.sources import is_local
+from sparktrain.tokens.sources.reach import opener
 
 _ATTEMPTS_WITHOUT_PROGRESS = 3
 
@@ -84,22 +86,22 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
 
 
 def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
-    heldout = config.data.heldout
-    found = {"data.path": find_shards(config.data.path), "data.heldout": find_shards(heldout) if heldout else []}
-    model = preflight.check_executors(spark, config, [paths[0] for paths in found.values() if paths])
-    shards = index.index_shards(spark, config.data.path, config.data.token_size)
-    index.check_shards(shards, config.data, model["vocab_size"], "data.path")
-    if heldout:
-        measured = index.index_shards(spark, heldout, config.data.token_size)
-        index.check_shards(measured, config.data, model["vocab_size"], "data.heldout")
-        check_alike([shard for shard, _ in (*shards, *measured)])
+    data, shards = config.data, {}
+    places = {"data.path": data.path, **({"data.heldout": data.heldout} if data.heldout else {})}
+    located = {setting: locate_shards(where, opener(data, {})) for setting, where in places.items()}
+    local = [next(iter(found)) for found in located.values() if is_local(next(iter(found)))]
+    model = preflight.check_executors(spark, config, local)
+    for setting, found in located.items():
+        shards[setting] = index.index_shards(spark, found, data)
+        index.check_shards(shards[setting], data, model["vocab_size"], setting)
+    check_alike([shard for indexed in shards.values() for shard, _ in indexed])
     spec = PlanSpec(
-        shards=tuple(shard for shard, _ in shards),
-        sequence_length=config.data.sequence_length,
+        shards=tuple(shard for shard, _ in shards["data.path"]),
+        sequence_length=data.sequence_length,
         total_batch=config.train.total_batch,
         steps=config.train.steps,
         seed=config.run.seed,
-        window=config.data.window,
+        window=data.window,
     )
     return Prepared(config, spec, model)
 

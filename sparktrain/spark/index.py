@@ -1,11 +1,10 @@
 """Every shard read once before training, by executors: what it holds, and whether it can be trained on."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,9 @@ from sparktrain import tokens
 from sparktrain.config import Data
 from sparktrain.errors import DataError
 from sparktrain.plan import count_microshards, window_length
-from sparktrain.tokens import Shard
+from sparktrain.tokens import Known, Shard
+from sparktrain.tokens.source import Opener
+from sparktrain.tokens.sources import open_source, reach
 
 _INSPECTED = pa.schema(
     [
@@ -29,21 +30,23 @@ _INSPECTED = pa.schema(
 )
 # Tokens looked at in one piece while a shard is checked: 32 MiB as int64.
 _SCAN = 1 << 22
+# Bytes hashed in one piece.
+_HASHED = 8 << 20
 
 
-def index_shards(spark: SparkSession, directory: Path, token_size: int | None = None) -> list[tuple[Shard, int]]:
-    """The shards in ``directory`` in order, each with its largest token id; read by executors, one task per shard.
+def index_shards(spark: SparkSession, located: Mapping[str, Known], data: Data) -> list[tuple[Shard, int]]:
+    """The shards ``located`` (:func:`sparktrain.tokens.locate_shards`) in order, each with its largest token id; read
+    by executors as ``data`` says, one task per shard.
 
-    ``token_size`` is that of files that do not say it. Raises :class:`DataError` for the first shard that an executor
-    cannot read or that is no shard, and for two with the same tokens.
+    Raises :class:`DataError` for the first shard that an executor cannot read, that is no shard or not the one its
+    manifest knows, and for two with the same tokens.
     """
-    paths = tokens.find_shards(directory)
     rows = (
-        spark.createDataFrame([(path,) for path in paths], "path string")
-        .repartition(min(len(paths), 4 * spark.sparkContext.defaultParallelism))
-        .mapInArrow(
-            partial(_inspect, token_size), "path string, shard string, max_token long, digest string, problem string"
+        spark.createDataFrame(
+            [(path, *known) for path, known in located.items()], "path string, size long, hash string"
         )
+        .repartition(min(len(located), 4 * spark.sparkContext.defaultParallelism))
+        .mapInArrow(partial(_inspect, data), "path string, shard string, max_token long, digest string, problem string")
         .collect()
     )
     seen: dict[str, str] = {}
@@ -79,29 +82,41 @@ def check_shards(shards: Sequence[tuple[Shard, int]], data: Data, vocab_size: in
                 f"shard from {setting}"
             )
         if max_token >= vocab_size:
-            where = _first_at_least(shard, vocab_size)
+            where = _first_at_least(shard, vocab_size, reach.opener(data, reach.known([shard])))
             raise DataError(
                 f"shard {shard.path} has token id {where[1]} at token {where[0]}, but the model's vocab_size is "
                 f"{vocab_size}: use the tokenizer that the shards were made with or set model.sizes.vocab_size"
             )
 
 
-def _inspect(token_size: int | None, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _inspect(data: Data, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Runs in executors: each path's shard, largest token and digest, or what is wrong with it."""
+    located: dict[str, Known] = {}
+    opener = None
     for batch in batches:
-        for path in [str(value) for value in batch.column(0).to_pylist()]:
+        for path, size, hash_ in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             row: dict[str, object] = {"path": path}
             try:
-                shard = tokens.inspect(path, token_size)
-                max_token, digest = _read(shard)
-                row |= {"shard": json.dumps(asdict(shard)), "max_token": max_token, "digest": digest}
+                opener = opener or reach.opener(data, located)
+                located[path] = Known(size or open_source(path, opener).size(), hash_)
+                shard = tokens.inspect(path, data.token_size, opener, located[path])
+                max_token, digest, found = _read(shard, opener)
+                if not found and (shard.sha256 or data.cache_dir):
+                    found = _hash(shard, opener)
+                if shard.sha256 not in ("", found):
+                    raise DataError(
+                        f"shard {path} has sha256 {found}, its manifest says {shard.sha256}: it was changed or "
+                        "damaged; restore it or make the manifest again"
+                    )
+                row |= {"shard": json.dumps(asdict(replace(shard, sha256=found)))}
+                row |= {"max_token": max_token, "digest": digest}
             except DataError as error:
                 row |= {"problem": str(error)}
             yield pa.RecordBatch.from_pylist([row], schema=_INSPECTED)
 
 
-def _pieces(shard: Shard) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    file, width = tokens.TokenFile(shard), shard.row_length or 1
+def _pieces(shard: Shard, opener: Opener) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    file, width = tokens.TokenFile(shard, opener), shard.row_length or 1
     step = max(1, _SCAN // width) * width
     for start in range(0, shard.num_tokens, step):
         length = min(step, shard.num_tokens - start)
@@ -110,24 +125,36 @@ def _pieces(shard: Shard) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
     file.close()
 
 
-def _read(shard: Shard) -> tuple[int, str]:
-    """Largest token, and a digest of all tokens whatever their format; what is read on the way is checked."""
-    file = tokens.TokenFile(shard)
+def _read(shard: Shard, opener: Opener) -> tuple[int, str, str]:
+    """Largest token, a digest of all tokens whatever their format, and the file's sha256, empty where the file has
+    more than tokens; what is read on the way is checked."""
+    file = tokens.TokenFile(shard, opener)
     file.document_ends()
     file.close()
-    largest, digest = 0, sha256()
-    for start, piece in _pieces(shard):
+    largest, digest, stored = 0, sha256(), sha256()
+    bare = shard.num_bytes == shard.num_tokens * shard.token_size  # tokens and nothing else: read once for both
+    for start, piece in _pieces(shard, opener):
         if piece.min() < 0:
             at = int(np.argmax(piece < 0))
             raise DataError(f"shard {shard.path} has token id {piece[at]} at token {start + at}: write it again")
         largest = max(largest, here := int(piece.max()))
         digest.update(piece.astype("<u4").data if here < 2**32 else piece.data)
-    return largest, digest.hexdigest()
+        if bare:
+            stored.update(piece.astype(f"<u{shard.token_size}").data)
+    return largest, digest.hexdigest(), stored.hexdigest() if bare else ""
 
 
-def _first_at_least(shard: Shard, limit: int) -> tuple[int, int]:
+def _hash(shard: Shard, opener: Opener) -> str:
+    source, hashed = open_source(shard.path, opener), sha256()
+    for offset in range(0, shard.num_bytes, _HASHED):
+        hashed.update(source.read(offset, min(_HASHED, shard.num_bytes - offset)))
+    source.close()
+    return hashed.hexdigest()
+
+
+def _first_at_least(shard: Shard, limit: int, opener: Opener) -> tuple[int, int]:
     """Position and id of the first token >= ``limit``."""
-    for start, piece in _pieces(shard):
+    for start, piece in _pieces(shard, opener):
         if (over := np.flatnonzero(piece >= limit)).size:
             return start + int(over[0]), int(piece[over[0]])
     raise DataError(f"shard {shard.path} changed while it was checked: start again when nothing writes to it")

@@ -15,9 +15,10 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from sparktrain import __version__
-from sparktrain.config import RunConfig
+from sparktrain.config import Data, RunConfig
 from sparktrain.errors import ConfigError, DataError, LaunchError, ModelError
 from sparktrain.spark import task
+from sparktrain.tokens.sources import absolute
 
 # Executors register a moment after the session is there.
 _REGISTRATION_SECONDS = 5.0
@@ -60,9 +61,9 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
     values = config.model_dump(mode="json")
     values["launch"] |= {"mode": mode, "ranks": ranks, "threads": config.launch.threads or threads}
     values["run"]["dir"] = str(config.run.dir.absolute())
-    for section, name in (("data", "path"), ("data", "heldout"), ("model", "tokenizer")):
-        if values[section][name]:
-            values[section][name] = str(Path(values[section][name]).absolute())
+    values["data"] |= _absolute(config.data)
+    if config.model.tokenizer:
+        values["model"]["tokenizer"] = str(config.model.tokenizer.absolute())
     local_model = Path(values["model"]["from_pretrained"] or "")
     if values["model"]["from_pretrained"] and local_model.is_dir():
         values["model"]["from_pretrained"] = str(local_model.absolute())
@@ -138,6 +139,22 @@ def uses_gpu(spark: SparkSession, local: bool) -> bool:
 def import_path() -> tuple[str, ...]:
     """The driver's import path, for ranks."""
     return tuple(str(Path(path).absolute()) for path in sys.path)
+
+
+def _absolute(data: Data) -> dict[str, Any]:
+    """The places in ``data`` for other processes. Raises :class:`DataError` for a URI of no kind that is known."""
+    named = {"path": data.path, "heldout": data.heldout, "mirrors": data.mirrors}
+    found: dict[str, Any] = {name: [absolute(p) for p in places] for name, places in named.items() if places}
+    roots = found.get("mirrors", [])
+    outside = [p for p in found["path"] if not any(f"{p}/".startswith(f"{root.rstrip('/')}/") for root in roots)]
+    if roots and (outside or len(roots) == 1):
+        raise ConfigError(
+            f"data.mirrors are {', '.join(roots)}, which are no mirrors for data.path {(outside or found['path'])[0]}: "
+            "give two roots or more, one of them the one that data.path is under"
+        )
+    if data.cache_dir:
+        found["cache_dir"] = str(data.cache_dir.absolute())
+    return found
 
 
 def _check_scheduling(spark: SparkSession) -> None:

@@ -7,6 +7,7 @@ the bytes are is ``sources/``.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +20,11 @@ from sparktrain.tokens import ds, foreign, megatron, npy, parquet, raw, sources
 from sparktrain.tokens.sequences import IGNORED, Ints, Sequences, Window, pieces, stack
 from sparktrain.tokens.shard import Shard
 from sparktrain.tokens.source import Opener, Source
-from sparktrain.tokens.sources import open_if_there, open_source
+from sparktrain.tokens.sources import open_if_there, open_source, reach
+from sparktrain.tokens.sources.manifest import UNKNOWN, Known
 
-__all__ = ["FORMATS", "IGNORED", "Sequences", "Shard", "TokenFile", "Window", "check_alike", "find_shards", "inspect"]
-__all__ += ["read_sequences", "read_windows"]
+__all__ = ["FORMATS", "IGNORED", "Known", "Sequences", "Shard", "TokenFile", "Window", "check_alike", "find_shards"]
+__all__ += ["inspect", "locate_shards", "read_sequences", "read_windows"]
 
 
 class Format(NamedTuple):
@@ -48,24 +50,28 @@ _SUFFIXES = tuple(dict.fromkeys(suffix for row in FORMATS.values() for suffix in
 def find_shards(where: Path | str | Sequence[str]) -> list[str]:
     """URIs of the shards at ``where``, absolute paths where they are local; sorted, so that every machine numbers them
     alike. ``where`` is a place that :func:`sparktrain.tokens.sources.find` knows, or several."""
-    places = [str(where)] if isinstance(where, str | Path) else where
-    found = sorted(uri for place in places for uri in sources.find(place, _SUFFIXES))
-    twice = next((a for a, b in pairwise(found) if a == b), None)
-    if twice:
-        raise DataError(f"shard {twice} is in the data twice, by name or by a link: name it once")
-    return found
+    found = [(uri, UNKNOWN) for place in _places(where) for uri in sources.find(place, _SUFFIXES)]
+    return list(_in_order(found))
 
 
-def inspect(path: str, token_size: int | None = None) -> Shard:
+def locate_shards(where: Path | str | Sequence[str], open_if_there: Opener = open_if_there) -> dict[str, Known]:
+    """The same, with size and sha256 where a manifest says them; a server that lists nothing may have a manifest."""
+    return _in_order(reach.locate(_places(where), _SUFFIXES, open_if_there))
+
+
+def inspect(
+    path: str, token_size: int | None = None, open_if_there: Opener = open_if_there, known: Known = UNKNOWN
+) -> Shard:
     """What ``path`` holds, judged by its suffix and first bytes; ``token_size`` where the file does not say it.
 
-    Raises :class:`DataError` for a file that cannot be a shard.
+    Raises :class:`DataError` for a file that cannot be a shard, or that has another size than is ``known``.
     """
-    source = open_source(path)
+    source = open_source(path, open_if_there)
     try:
         num_bytes, suffix = source.size(), Path(path).suffix
         if num_bytes == 0:
             raise DataError(f"shard {path} is empty: remove it or write it again")
+        _check_size(path, num_bytes, known.num_bytes)
         head = source.read(0, min(num_bytes, foreign.HEAD))
         if problem := foreign.named(head, suffix):
             raise DataError(f"shard {path} {problem}")
@@ -81,7 +87,7 @@ def inspect(path: str, token_size: int | None = None) -> Shard:
             )
         if seen := foreign.misread(head, shard.token_size):
             raise DataError(f"shard {path} is read as tokens of {shard.token_size} bytes, but looks like {seen}")
-    return shard
+    return replace(shard, num_bytes=known.num_bytes, sha256=known.sha256)
 
 
 def check_alike(shards: Sequence[Shard]) -> None:
@@ -105,12 +111,15 @@ def check_alike(shards: Sequence[Shard]) -> None:
 class TokenFile:
     """An open shard. ``start`` and ``length`` count tokens from the file's first, in rows row after row."""
 
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        self._source = open_source(shard.path)
+    def __init__(self, shard: Shard, open_if_there: Opener = open_if_there) -> None:
+        """Raises :class:`DataError` where it cannot be opened, or has another size than when it was inspected."""
+        self.shard, self._opener = shard, open_if_there
+        self._source = open_source(shard.path, open_if_there)
+        _check_size(shard.path, self._source.size(), shard.num_bytes)
         rows = FORMATS[shard.format].rows
         self._rows = rows(shard, self._source) if rows else None
-        self._mask = open_source(f"{shard.path}.loss") if "labels" in shard.columns and not rows else None
+        masked = "labels" in shard.columns and not rows
+        self._mask = open_source(f"{shard.path}.loss", open_if_there) if masked else None
         self._ends: Ints | None = None
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
@@ -142,7 +151,7 @@ class TokenFile:
         find = FORMATS[self.shard.format].document_ends
         if self._ends is None:
             known = find is not None and self.shard.num_documents
-            self._ends = find(self.shard, open_if_there) if find and known else np.empty(0, dtype=np.int64)
+            self._ends = find(self.shard, self._opener) if find and known else np.empty(0, dtype=np.int64)
         return self._ends
 
     def close(self) -> None:
@@ -177,6 +186,25 @@ def read_sequences(windows: list[tuple[TokenFile, int]], length: int) -> Sequenc
         file, start = windows[i]
         found[i] = file.window(start, length)
     return stack([found[i] for i in range(len(windows))])
+
+
+def _places(where: Path | str | Sequence[str]) -> Sequence[str]:
+    return [str(where)] if isinstance(where, str | Path) else where
+
+
+def _in_order(found: list[tuple[str, Known]]) -> dict[str, Known]:
+    twice = next((a for (a, _), (b, _) in pairwise(sorted(found)) if a == b), None)
+    if twice:
+        raise DataError(f"shard {twice} is in the data twice, by name or by a link: name it once")
+    return dict(sorted(found))
+
+
+def _check_size(path: str, found: int, expected: int) -> None:
+    if expected and found != expected:
+        raise DataError(
+            f"shard {path} has {found} bytes, expected {expected} by its manifest or the plan: it was changed or torn; "
+            "restore it"
+        )
 
 
 def _in_file_order(windows: list[tuple[TokenFile, int]]) -> list[int]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sparktrain.errors import ConfigError, DataError
+from sparktrain.tokens.sources.manifest import FORMAT
 
-FORMAT = "sparktrain-tokens/1"
 _MARKER = "INCOMPLETE"
 _ELSEWHERE = "choose another output or remove it"
 

@@ -12,7 +12,7 @@ class Shard:
     each row is one window. In both, tokens are counted from the file's first, in rows row after row.
 
     Args:
-        path: absolute path.
+        path: URI, an absolute path where it is local.
         num_tokens: tokens in the file.
         token_size: bytes per token as stored, little-endian.
         format: row of ``tokens.FORMATS``.
@@ -22,6 +22,8 @@ class Shard:
         num_documents: documents whose boundaries are known; 0: no boundaries are known.
         tokenizer: its name, where the file has one.
         columns: what comes with the tokens: some of ``labels``, ``position_ids``, ``sequence_lengths``.
+        num_bytes: the file's size; 0: not known.
+        sha256: of the file, 64 hexadecimal digits; empty: not known.
     """
 
     path: str
@@ -34,6 +36,8 @@ class Shard:
     num_documents: int = 0
     tokenizer: str = ""
     columns: tuple[str, ...] = ()
+    num_bytes: int = 0
+    sha256: str = ""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Shard":

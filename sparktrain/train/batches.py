@@ -13,6 +13,8 @@ from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, rows, slots_of
 from sparktrain.rundir import RunDir
 from sparktrain.tokens import TokenFile, read_windows
+from sparktrain.tokens.source import Opener
+from sparktrain.tokens.sources import open_if_there
 
 # Steps whose rows are taken from the plan's Parquet files at a time: one read of a row group's statistics each.
 _PLAN_WINDOW = 512
@@ -25,12 +27,21 @@ class Batches:
     one edited by hand, is a :class:`DataError` before a token is trained on.
     """
 
-    def __init__(self, directory: RunDir, spec: PlanSpec, rank: int, world: int, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        directory: RunDir,
+        spec: PlanSpec,
+        rank: int,
+        world: int,
+        first_step: int = 0,
+        opener: Opener = open_if_there,
+    ) -> None:
         self._plan = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
         self._slots = slots_of(rank, world, spec.total_batch)
         self._files = {shard.path: shard for shard in spec.shards}
         self._open: dict[str, TokenFile] = {}
+        self._opener = opener
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -77,5 +88,5 @@ class Batches:
 
     def _token_file(self, path: str) -> TokenFile:
         if path not in self._open:
-            self._open[path] = TokenFile(self._files[path])
+            self._open[path] = TokenFile(self._files[path], self._opener)
         return self._open[path]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sparktrain import tokens
 from sparktrain.config import RunConfig
 from sparktrain.plan import slots_of, spread_windows, window_length
+from sparktrain.tokens.sources.reach import opener
 from sparktrain.train.world import World
 
 
@@ -29,11 +30,13 @@ def heldout_loss(model: PreTrainedModel, config: RunConfig, world: World) -> flo
     data = config.data
     if data.heldout is None:
         return None
-    shards = [tokens.inspect(path, data.token_size) for path in tokens.find_shards(data.heldout)]
+    located = tokens.locate_shards(data.heldout, opener(data, {}))
+    open_ = opener(data, located)
+    shards = [tokens.inspect(path, data.token_size, open_, known) for path, known in located.items()]
     length = window_length(data.window, data.sequence_length)
     windows = spread_windows(shards, data.sequence_length, data.heldout_sequences)
     first, last = slots_of(world.rank, world.size, len(windows))
-    files = {shard.path: tokens.TokenFile(shard) for shard, _ in windows[first:last]}
+    files = {shard.path: tokens.TokenFile(shard, open_) for shard, _ in windows[first:last]}
     mine = [(files[shard.path], start) for shard, start in windows[first:last]]
     model.eval()  # type: ignore[no-untyped-call]
     total = 0.0

@@ -16,6 +16,7 @@ from sparktrain.errors import ConfigError, Diverged
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
+from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import checkpoint, models
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
@@ -110,7 +111,8 @@ def _steps(
     first_step: int = 0,
 ) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
-    batches = iter(Batches(directory, spec, world.rank, world.size, first_step))
+    shards = opener(config.data, known(spec.shards))
+    batches = iter(Batches(directory, spec, world.rank, world.size, first_step, opener=shards))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)

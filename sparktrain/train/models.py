@@ -125,7 +125,7 @@ def tokenizer_path(config: RunConfig) -> Path | None:
     ``jobs/tokenize.py`` puts it."""
     if config.model.tokenizer:
         return config.model.tokenizer
-    beside = config.data.path.parent / "tokenizer"
+    beside = Path(config.data.path[0]).parent / "tokenizer"
     return beside if (beside / "tokenizer.json").exists() else None
 
 

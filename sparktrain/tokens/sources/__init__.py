@@ -18,7 +18,7 @@ from sparktrain.tokens.source import Lister, Opener, Source
 from sparktrain.tokens.sources import filesystem, hf, http, local
 from sparktrain.tokens.sources.listing import expand
 
-__all__ = ["SOURCES", "Kind", "find", "open_if_there", "open_source"]
+__all__ = ["SOURCES", "Kind", "absolute", "find", "is_local", "listable", "open_if_there", "open_source"]
 
 
 class Kind(NamedTuple):
@@ -38,9 +38,9 @@ SOURCES: dict[str, Kind] = {
 _FILESYSTEM = Kind(filesystem.open_if_there, filesystem.files_in)
 
 
-def open_source(uri: str) -> Source:
+def open_source(uri: str, opener: Opener | None = None) -> Source:
     """The source at ``uri``. Raises :class:`DataError` where there is none."""
-    source = open_if_there(uri)
+    source = (opener or open_if_there)(uri)
     if source is None:
         raise DataError(f"{uri} does not exist: restore it or take it out of the data")
     return source
@@ -49,6 +49,22 @@ def open_source(uri: str) -> Source:
 def open_if_there(uri: str) -> Source | None:
     """The source at ``uri``, chosen by its scheme; a plain path is local. Raises :class:`DataError` for others."""
     return _kind(uri).open_if_there(uri)
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` is a file of this machine, or of a file system mounted on it."""
+    return _kind(uri) is SOURCES[""] or uri.startswith("file://")
+
+
+def listable(where: str) -> bool:
+    """Whether a directory at ``where`` can be listed."""
+    return _kind(where).files_in is not None
+
+
+def absolute(where: str) -> str:
+    """``where`` for other processes: a plain path absolute and without links, as :func:`find` gives it; a URI as it
+    is. Raises :class:`DataError` for a URI of no kind that is known."""
+    return local.absolute(where) if _kind(where) is SOURCES[""] else where
 
 
 def find(where: str, suffixes: Collection[str]) -> list[str]:

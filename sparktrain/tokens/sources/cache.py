@@ -19,8 +19,8 @@ from pathlib import Path
 from threading import Lock
 
 from sparktrain.errors import DataError
-from sparktrain.tokens.entry import Entry, copy, entry_size, open_entry
 from sparktrain.tokens.source import Opener
+from sparktrain.tokens.sources.entry import Entry, copy, entry_size, open_entry
 
 # How often a shard that turns out to be damaged, or is gone as soon as it came, is fetched for one read.
 _FETCHES = 2
