@@ -60,7 +60,8 @@ def launchers(spark: SparkSession, directory: RunDir) -> dict[str, Callable[[], 
         def start() -> None:
             number = directory.new_generation()
             job = task.Job(
-                str(directory.path), str(directory.logs(number)), number, "bench", preflight.import_path(), 1, launcher
+                *(str(directory.path), str(directory.logs(number)), number, "bench", preflight.import_path(), 1),
+                *(launcher, 4.0),
             )
             launch.launch(spark, job, 2, mode == "local", use_gpu=False)
 

@@ -24,6 +24,7 @@ from sparktrain.config import RunConfig
 from sparktrain.rundir import RunDir
 from sparktrain.tokens import ds
 from sparktrain.train import loop, models
+from sparktrain.train.requests import Requests
 from sparktrain.train.strategies import STRATEGIES
 from sparktrain.train.world import start_world
 
@@ -86,7 +87,8 @@ def main() -> None:
         )
         step = bare_step(theirs, config, list(loop.Batches(run, spec, 0, 1)))
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
-        steps_of_ours = loop._steps(run, config, spec, world, ours, strategy)
+        training = loop.Training(run, config, spec, world, ours, strategy, Requests(run, world, strategy.local))
+        steps_of_ours = loop._steps(training)
         for i in range(steps):
             for name, act in (("sparktrain", lambda: next(steps_of_ours)), ("bare", lambda i=i: step(i))):
                 began = time.process_time()

@@ -143,6 +143,8 @@ class Launch(Section):
     """CPU threads per rank; 0: spark.task.cpus, or the machine's cores divided among local ranks."""
     collective_timeout: int = Field(600, ge=1)
     """Seconds after which a rank that waits for another gives up."""
+    grace: float = Field(4.0, ge=0, le=3600)
+    """Seconds that ranks have to save a checkpoint when the run is interrupted; then they are ended."""
     max_restarts: int = Field(3, ge=0)
     """Start ranks again, from the newest checkpoint, after so many failures that were nobody's mistake: a process
     killed, an executor lost."""

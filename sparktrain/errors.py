@@ -55,3 +55,9 @@ class Superseded(SparktrainError):
     """A newer attempt of the same run has started: this one must not write any more."""
 
     exit_code = 75
+
+
+class Stopped(SparktrainError):
+    """The run was asked to stop, and did; it can go on."""
+
+    exit_code = 130

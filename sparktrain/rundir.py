@@ -7,6 +7,7 @@
     plan/*.parquet       driver   the plan (Spark); ranks read their rows
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
+    SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
     gen/000001/          driver   one attempt; made by an atomic mkdir
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
@@ -47,6 +48,7 @@ from sparktrain.results import (
 )
 
 FORMAT = 1
+SAVE, STOP = "SAVE", "STOP"
 
 
 class RunDir:
@@ -116,8 +118,14 @@ class RunDir:
                 f"run.dir {self.path} cannot be written: change its permissions or choose another run.dir"
             )
 
+    def request_path(self, name: str) -> Path:
+        """Whose being there asks the running attempt for something: ``SAVE`` or ``STOP``."""
+        return self.path / name
+
     def new_generation(self) -> int:
         """Start an attempt: the first free number, taken by a mkdir that only one caller can win."""
+        for name in (SAVE, STOP):
+            self.request_path(name).unlink(missing_ok=True)
         number = self.latest_generation() + 1
         while True:
             try:

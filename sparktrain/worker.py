@@ -9,20 +9,17 @@ the driver asks that of an executor, because the driver itself never imports tor
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import re
-import signal
 import socket
 import sys
-import threading
-import time
 import traceback
 
 from sparktrain import failpoints
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, SparktrainError
+from sparktrain.parent import follow_parent
 from sparktrain.results import RankFailure, RankResult
 from sparktrain.rundir import RunDir
 
@@ -35,7 +32,7 @@ def run_rank(run_dir: str) -> RankResult:
 
     Writes the rank's output file, :class:`RankResult` or :class:`RankFailure`, and returns or raises the same.
     """
-    _die_with_parent()
+    follow_parent()
     try:
         failpoints.arm(os.environ.get("SPARKTRAIN_FAILPOINT", ""))
     except ValueError as error:
@@ -82,25 +79,6 @@ def _failure(rank: int, error: BaseException) -> RankFailure:
         exit_code=error.exit_code if isinstance(error, SparktrainError) else 1,
         echo=echo,
     )
-
-
-def _die_with_parent() -> None:
-    """End this process when its parent ends. Stock TorchDistributor leaves ranks training when torchrun is killed:
-    torchelastic starts them in sessions of their own, which no signal to the agent's group reaches."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died between the two calls
-            os._exit(1)
-    else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 if __name__ == "__main__":

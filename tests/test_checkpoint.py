@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from sparktrain import cli, plan, tokens
 from sparktrain.checkpoints import Checkpoints, Manifest, name_of
 from sparktrain.config import RunConfig
-from sparktrain.errors import LaunchError, ModelError, Superseded
+from sparktrain.errors import Diverged, LaunchError, ModelError, Stopped, Superseded
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
-from sparktrain.rundir import RunDir
+from sparktrain.rundir import SAVE, STOP, RunDir
 from sparktrain.train import checkpoint, loop
+from sparktrain.train.requests import Requests
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
 
@@ -50,22 +51,28 @@ def start(on_ranks: Callable[..., list[Any]], data: Path) -> Callable[..., RunRe
     shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
     spec = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5)
 
-    def rank_main(rank: int, size: int, config: RunConfig, number: int, stop_at: int | None) -> RankResult | None:
+    def rank_main(
+        rank: int, size: int, config: RunConfig, number: int, stop_at: int | None, ask: tuple[str, int]
+    ) -> RankResult | None:
         directory, world = RunDir(config.run.dir), World(rank, size, torch.device("cpu"), "host")
         say = loop._line
 
         def line(record: Any, of: PlanSpec) -> str:
             if record.step == stop_at:
                 raise Interrupted
+            if (record.step, rank) == (ask[1], 0):
+                directory.request_path(ask[0]).touch()
             return say(record, of)
 
         loop._say, loop._line = (lambda world, text: None), line  # type: ignore[assignment]
         try:
             return loop.train_in(world, directory, config, spec, number)
-        except Interrupted:
+        except (Interrupted, Stopped):
             return None
 
-    def run(path: Path, world: int, *flags: str, stop_at: int | None = None) -> RunResult | None:
+    def run(
+        path: Path, world: int, *flags: str, stop_at: int | None = None, ask: tuple[str, int] = ("", -1)
+    ) -> RunResult | None:
         directory = RunDir(path)
         if not directory.plan.exists():
             directory.plan.mkdir(parents=True)
@@ -74,7 +81,7 @@ def start(on_ranks: Callable[..., list[Any]], data: Path) -> Callable[..., RunRe
         config = cli.parse(
             RunConfig, [*tiny_argv(data, path), "--run.log-every", "1", "--checkpoint.every", "2", *flags]
         )
-        outcomes = on_ranks(world, rank_main, config, directory.new_generation(), stop_at)
+        outcomes = on_ranks(world, rank_main, config, directory.new_generation(), stop_at, ask)
         return directory.merge(outcomes) if all(outcomes) else None
 
     return run
@@ -118,6 +125,41 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     # AdamW has no state of a rank's own; DisTrO's momentum of ranks that are new or gone is lost, which costs a little.
     tolerance = 2e-5 if not flags else 0.05
     assert losses(resumed) == pytest.approx(losses(whole), rel=tolerance)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
+    start: Callable[..., RunResult | None], tmp_path: Path
+) -> None:
+    whole = start(tmp_path / "whole", 2)
+    assert start(tmp_path / "run", 2, "--checkpoint.every", "0", ask=(STOP, 1)) is None
+    newest, _ = RunDir(tmp_path / "run").checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 3  # asked after step 1, all ranks agree on it in step 2
+    resumed = start(tmp_path / "run", 2)
+    assert resumed is not None
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_checkpoint_can_be_asked_for(start: Callable[..., RunResult | None], tmp_path: Path) -> None:
+    assert start(tmp_path, 2, "--checkpoint.every", "0", ask=(SAVE, 2)) is not None
+    assert [path.stem for path in (tmp_path / "checkpoints").glob("*.json")] == [name_of(4, 1)]
+    assert not (tmp_path / SAVE).exists()
+
+
+def test_a_loss_that_is_no_number_stops_all_ranks_before_anything_is_updated(
+    on_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    def rank_main(rank: int, size: int) -> str:
+        requests = Requests(RunDir(tmp_path), World(rank, size, torch.device("cpu"), "host"), local=False)
+        requests.agree(6, 1.0)
+        with pytest.raises(Diverged) as caught:
+            requests.agree(7, float("nan") if rank == 1 else 1.0)
+        return str(caught.value)
+
+    assert on_ranks(3, rank_main) == [
+        f"loss is {what} in step 7 on rank 1: lower optimizer.lr or check the data"
+        for what in ("not a number", "nan", "not a number")
+    ]
 
 
 def test_a_checkpoint_opens_as_a_model_directory(start: Callable[..., RunResult | None], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sparktrain.results import StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.train import loop, models
 from sparktrain.train.evaluate import token_losses
+from sparktrain.train.requests import Requests
 from sparktrain.train.strategies import STRATEGIES
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
@@ -37,7 +38,9 @@ def trained(on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path) -> C
         model = models.build(config, world)
         kind = STRATEGIES[config.strategy.kind]
         strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, config.train.steps)
-        return list(loop._steps(directory, config, spec, world, model, strategy)), models.digest(model)
+        requests = Requests(directory, world, strategy.local)
+        training = loop.Training(directory, config, spec, world, model, strategy, requests)
+        return list(loop._steps(training)), models.digest(model)
 
     def run(world: int, *flags: str) -> list[Any]:
         return on_ranks(world, rank, cli.parse(RunConfig, tiny_argv(data, tmp_path / "run", *flags)))

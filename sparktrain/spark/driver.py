@@ -139,6 +139,7 @@ def _attempt(spark: SparkSession, config: RunConfig, directory: RunDir, ranks: i
         import_path=preflight.import_path(),
         threads=config.launch.threads,
         launcher=config.launch.launcher,
+        grace=config.launch.grace,
     )
     launch.launch(spark, job, ranks, local, preflight.uses_gpu(spark, local))
     outcomes = [o for o in directory.outcomes(job.generation) if isinstance(o, RankResult)]

@@ -23,7 +23,7 @@ from pyspark.sql import SparkSession
 
 from sparktrain.errors import LaunchError
 from sparktrain.results import RankFailure
-from sparktrain.rundir import RunDir
+from sparktrain.rundir import STOP, RunDir
 from sparktrain.spark import task
 
 cloudpickle.register_pickle_by_value(task)  # type: ignore[no-untyped-call]
@@ -106,7 +106,8 @@ def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchErro
     exits = directory.exits(generation)
     if causes:
         first = causes[0]
-        found = LaunchError(f"rank {first.rank} on {first.host} failed: {first.kind}: {first.message}")
+        where = f"rank {first.rank} on {first.host} failed: {first.kind}: "
+        found = LaunchError(f"{'' if first.kind == 'Stopped' else where}{first.message}")
         found.exit_code = first.exit_code if first.exit_code != 1 else LaunchError.exit_code
         return found
     killed = [(exit_, rank, status) for exit_ in exits for rank, status in _statuses(exit_)]
@@ -140,6 +141,9 @@ def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: tas
         while not done.wait(0.2):
             pass
     except BaseException:
+        with contextlib.suppress(OSError):
+            RunDir(job.run_dir).request_path(STOP).touch()
+        done.wait(job.grace)
         context.cancelJobGroup(group)
         done.wait(10)
         raise

@@ -37,7 +37,7 @@ class Job:
         log_dir: where torchrun keeps the lines of each rank.
         import_path: the driver's ``sys.path``: ranks look there after what the executor has.
         threads: CPU threads per rank.
-        grace: seconds ranks have to end after SIGTERM before they are killed.
+        grace: seconds ranks have to end after SIGTERM, with a checkpoint, before they are killed.
     """
 
     run_dir: str
@@ -47,7 +47,7 @@ class Job:
     import_path: tuple[str, ...]
     threads: int
     launcher: str
-    grace: float = 2.0
+    grace: float
 
 
 def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:

@@ -6,13 +6,14 @@ Shapes: B_ = sequences of this rank in a step, M_ = of one micro-batch, S = sequ
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from sparktrain import failpoints
 from sparktrain.config import RunConfig, Train
-from sparktrain.errors import ConfigError, Diverged
+from sparktrain.errors import ConfigError, Stopped
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
@@ -20,9 +21,23 @@ from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import checkpoint, models
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
 from sparktrain.train.world import World, start_world
+
+
+@dataclass(frozen=True)
+class Training:
+    """A rank that is ready for its steps."""
+
+    directory: RunDir
+    config: RunConfig
+    spec: PlanSpec
+    world: World
+    model: PreTrainedModel
+    strategy: Strategy
+    requests: Requests
 
 
 def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
@@ -52,10 +67,12 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         checkpoint.restore(directory, start, strategy, world)
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
+    training = Training(directory, config, spec, world, model, strategy, Requests(directory, world, strategy.local))
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
-        records, first_step_at = _run(
-            directory, config, spec, world, model, strategy, saver, start.step if start else 0
-        )
+        records, first_step_at = _run(training, saver, start.step if start else 0)
+    if training.requests.asked.stop:
+        done = records[-1].step + 1
+        raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
     failpoints.reach("trained", rank=world.rank, generation=generation)
     strategy.sync()
     after = heldout_loss(model, config, world)
@@ -78,41 +95,34 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     )
 
 
-def _run(
-    directory: RunDir,
-    config: RunConfig,
-    spec: PlanSpec,
-    world: World,
-    model: PreTrainedModel,
-    strategy: Strategy,
-    saver: checkpoint.Checkpointer,
-    first_step: int,
-) -> tuple[list[StepRecord], float]:
-    """Every step from ``first_step`` on, with checkpoints; the records and when the first step ended."""
+def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) -> tuple[list[StepRecord], float]:
+    """Every step from ``first_step`` on, with checkpoints, or until it is to stop; the records, and when the first step
+    ended."""
+    config, spec, requests = training.config, training.spec, training.requests
     records, first_step_at, every = [], 0.0, config.checkpoint.every
-    for record in _steps(directory, config, spec, world, model, strategy, first_step):
-        records.append(record)
-        first_step_at = first_step_at or time.time()
-        done = record.step + 1
-        if record.step == first_step or done % config.run.log_every == 0:
-            _say(world, _line(record, spec))
-        if every and (done % every == 0 or done == spec.steps):
-            saver.save(done, model, strategy, records)
+    with requests.heeding_sigterm(config.launch.grace):
+        for record in _steps(training, first_step):
+            records.append(record)
+            first_step_at = first_step_at or time.time()
+            done = record.step + 1
+            if record.step == first_step or done % config.run.log_every == 0:
+                _say(training.world, _line(record, spec))
+            if requests.asked.save or (every and (done % every == 0 or done == spec.steps)):
+                saver.save(done, training.model, training.strategy, records)
+            if requests.asked.save:
+                saver.wait()
+                requests.met()
+            if requests.asked.stop:
+                break
     return records, first_step_at
 
 
-def _steps(
-    directory: RunDir,
-    config: RunConfig,
-    spec: PlanSpec,
-    world: World,
-    model: PreTrainedModel,
-    strategy: Strategy,
-    first_step: int = 0,
-) -> Iterator[StepRecord]:
+def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
+    config, spec, world, model = training.config, training.spec, training.world, training.model
+    strategy, requests = training.strategy, training.requests
     shards = opener(config.data, known(spec.shards))
-    batches = iter(Batches(directory, spec, world.rank, world.size, first_step, opener=shards))
+    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, opener=shards))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)
@@ -124,16 +134,14 @@ def _steps(
         scale = 1 / tokens if strategy.local else world.size / spec.target_tokens_per_step
         loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
         failpoints.reach("gradient", rank=world.rank, step=step)
+        asked = requests.agree(step, loss_sum)
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
-        if not math.isfinite(loss_sum):
-            raise Diverged(
-                f"loss is {loss_sum} in step {step} on rank {world.rank}: lower optimizer.lr or check the data"
-            )
         strategy.step(lr, tokens)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
+        moved["seconds"] += asked.seconds
         yield StepRecord(
             step=step,
             loss_sum=loss_sum,

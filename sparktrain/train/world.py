@@ -41,6 +41,12 @@ class World:
         dist.all_reduce(total)
         return [float(v) for v in total]
 
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over ranks, in float64."""
+        most = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return [float(v) for v in most]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum(0.0)

@@ -1,0 +1,30 @@
+"""End with one's parent, whatever ends it: a process that outlives who started it trains on unseen.
+
+Stock TorchDistributor leaves ranks training when torchrun is killed: torchelastic starts them in sessions of their own,
+which no signal to the agent's group reaches.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+
+def follow_parent(number: int = signal.SIGKILL) -> None:
+    """Have this process get signal ``number`` when its parent ends; called again, another one."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number)
+        if os.getppid() != parent:  # it ended between the two calls
+            os.kill(os.getpid(), number)
+    elif not any(thread.name == _watch.__name__ for thread in threading.enumerate()):
+        threading.Thread(target=_watch, args=(parent,), name=_watch.__name__, daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
