@@ -34,12 +34,13 @@ from sparktrain.errors import ConfigError
 from sparktrain.train.compression.vector_code import Codec
 from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.inner import adamw
-from sparktrain.train.strategies.replicas.cadence import LEAST, Every
+from sparktrain.train.strategies.replicas.cadence import Bounds, Every, first_every
 from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, Dense, message_bytes
 from sparktrain.train.strategies.replicas.flat import Flat, Tile, bounds_of
 from sparktrain.train.strategies.replicas.local_steps import LocalSteps
 
 _CODECS: dict[str | None, Codec | None] = {None: None, "none": None, "bf16": "bf16", "int8": "int8", "int4": "int4"}
+BOUNDS = Bounds(steps=10, rounds=10)
 # Fewer rounds than this are averaged by ``outer="auto"``.
 ROUNDS_FOR_MOMENTUM = 100
 
@@ -95,6 +96,7 @@ class DiLoCo(LocalSteps):
             inner,
             Dense(flat, self.codec, feedback=self.codec == "int4"),
             sync_every=sync_every,
+            bounds=BOUNDS,
             planned_steps=planned_steps,
             delay=fragment_sync_delay,
             alpha=fragment_update_alpha,
@@ -157,7 +159,7 @@ def traffic_per_step(shapes: Sequence[torch.Size], section: Diloco, world: int) 
     """The mean over a round; ``sync_every="auto"`` counts as the fewest steps it may choose."""
     weights = sum(shape.numel() for shape in shapes)
     fragments, codec = section.num_fragments, _CODECS[section.compression]
-    every = -(-LEAST // fragments) * fragments if section.sync_every == "auto" else section.sync_every
+    every = first_every(section.sync_every, fragments, BOUNDS)
     bounds, traffic = bounds_of(weights, fragments), Traffic()
     for begin, end in itertools.pairwise(bounds):
         size = message_bytes(codec, end - begin)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from sparktrain.errors import ConfigError
 from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.replicas import agreement
-from sparktrain.train.strategies.replicas.cadence import Cadence, Every
+from sparktrain.train.strategies.replicas.cadence import Bounds, Cadence, Every
 from sparktrain.train.strategies.replicas.dense import Contribution, Dense
 from sparktrain.train.strategies.replicas.exchange import Exchange, Head, Received
 from sparktrain.train.strategies.replicas.flat import Flat, Tile
@@ -42,7 +42,7 @@ class LocalSteps:
         flat: the parameters.
         inner: the optimizer of this rank's steps, on no other parameters.
         contribution: how progress is told.
-        sync_every, planned_steps: see ``Cadence``.
+        sync_every, bounds, planned_steps: see ``Cadence``.
         delay, alpha: see the module.
         exact: ranks that do not take equally many steps in a round are an error; False: they weigh what they weigh.
         group: ranks to train with; none: all, or this process where torch.distributed is not in use.
@@ -57,6 +57,7 @@ class LocalSteps:
         contribution: Contribution,
         *,
         sync_every: Every,
+        bounds: Bounds,
         planned_steps: int = 0,
         delay: int = 0,
         alpha: float = 0.0,
@@ -72,7 +73,7 @@ class LocalSteps:
             )
         fragments = len(flat.fragments)
         self.inner, self._flat, self._contribution = inner, flat, contribution
-        self.cadence = Cadence(sync_every, fragments, planned_steps)
+        self.cadence = Cadence(sync_every, fragments, planned_steps, bounds)
         self._exchange = Exchange(group, flat.device, exact)
         self.traffic: Traffic = self._exchange.traffic
         self._delay, self._alpha = delay, alpha
