@@ -537,6 +537,22 @@ def test_auto_is_the_same_choice_on_all_ranks_said_once(on_ranks, planned, outer
 
 
 @pytest.mark.parametrize(
+    ("world", "said"), [(3, ""), (5, "compression bf16 brings each of 5 ranks more bytes than an ")]
+)
+def test_compression_that_is_in_vain_is_told(on_ranks, world, said):
+    def rank_main(rank, world):
+        parameters, out = parameters_of(), io.StringIO()
+        with contextlib.redirect_stdout(out):
+            train(DiLoCo(parameters, sgd(parameters), sync_every=2, compression="bf16"), parameters, rank, range(1))
+        return out.getvalue()
+
+    texts = on_ranks(world, rank_main)
+    assert texts[0].startswith(said)
+    assert bool(texts[0]) == bool(said)
+    assert not any(texts[1:])
+
+
+@pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
         (DiLoCo, {"sync_every": 0}, "sync_every is 0: expected a number of steps of at least 1, or auto"),

@@ -146,6 +146,11 @@ class DiLoCo(LocalSteps):
             chosen = "average" if self._averages else f"SGD, lr {self.outer_lr}, momentum {self.outer_momentum}"
             planned = f"{rounds} rounds are planned" if self.cadence.planned_steps else "no number of rounds is known"
             reason += f"{'; ' if reason else ''}outer {chosen}: {planned}, and momentum needs {ROUNDS_FOR_MOMENTUM}"
+        world, lengths = self._exchange.world, [self._flat.length(f) for f in range(len(self._flat.fragments))]
+        coded, whole = (sum(message_bytes(codec, n) for n in lengths) for codec in (self.codec, None))
+        if self.codec and (world - 1) * coded > 2 * whole * (world - 1) // world:
+            reason += f"{'; ' if reason else ''}compression {self.codec} brings each of {world} ranks more bytes than "
+            reason += "an all-reduce of float32 would: set compression to none"
         super()._settle(reason)
 
 
