@@ -78,8 +78,8 @@ class Diloco(Section):
     kind: Literal["diloco"] = "diloco"
     """How ranks turn their gradients into shared progress."""
     sync_every: SyncEvery = "auto"
-    """Steps each rank takes by itself between two syncs; auto: as many as keep communication under 5 % of the time,
-    measured in the second round, so a run may choose otherwise when it is run again (not when it is resumed)."""
+    """Steps each rank takes by itself between two syncs; auto: as many as keep communication under 5 % of the time, but
+    30 rounds in a run, measured in the second round, so it may be otherwise when run again (not when resumed)."""
     outer: Literal["auto", "average", "sgd"] = "auto"
     """How all move by the mean of the ranks' progress: average: by all of it; sgd: by SGD with the three settings
     below; auto: average where fewer than 100 rounds are planned, as momentum harms there, else sgd."""
@@ -125,7 +125,7 @@ class Sparseloco(Section):
     kind: Literal["sparseloco"] = "sparseloco"
     """How ranks turn their gradients into shared progress."""
     sync_every: SyncEvery = "auto"
-    """Steps each rank takes by itself between two syncs; auto: as with diloco."""
+    """Steps each rank takes by itself between two syncs; auto: as with diloco, but 50 rounds in a run."""
     outer_lr: float = Field(1.0, gt=0, lt=10, allow_inf_nan=False)
     """All move by so much of what ranks sent; 0.65 late in long runs."""
     compression_topk: int = Field(64, ge=1)

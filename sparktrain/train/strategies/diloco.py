@@ -40,7 +40,8 @@ from sparktrain.train.strategies.replicas.flat import Flat, Tile, bounds_of
 from sparktrain.train.strategies.replicas.local_steps import LocalSteps
 
 _CODECS: dict[str | None, Codec | None] = {None: None, "none": None, "bf16": "bf16", "int8": "int8", "int4": "int4"}
-BOUNDS = Bounds(steps=10, rounds=10)
+# A run of a few hundred steps hardly gains from other ranks if they meet ten times only.
+BOUNDS = Bounds(steps=10, rounds=30)
 # Fewer rounds than this are averaged by ``outer="auto"``.
 ROUNDS_FOR_MOMENTUM = 100
 
@@ -128,6 +129,10 @@ class DiLoCo(LocalSteps):
 
     def _layout(self) -> str:
         return f"{super()._layout()}, compression {self.codec or 'none'}"
+
+    def _rules(self) -> str:
+        outer = f"outer {self.outer}, lr {self.outer_lr}, momentum {self.outer_momentum}, nesterov {self.nesterov}"
+        return f"{super()._rules()}, {outer}, planned_steps {self.cadence.planned_steps}"
 
     def _move(self, tile: Tile, mean: torch.Tensor) -> None:
         theta = self._flat.shared[tile.weights]

@@ -76,6 +76,7 @@ class SparseLoCo(LocalSteps):
         self.outer_lr = outer_lr
         sparse = Sparse(flat, compression_chunk, compression_topk, _VALUES[quantize_bits], error_decay)
         self._wire = f"{compression_topk} of {compression_chunk}x{compression_chunk} weights, {quantize_bits} bits"
+        self._told_by = f"outer_lr {outer_lr}, error_decay {error_decay}"
         super().__init__(
             flat,
             inner,
@@ -89,6 +90,9 @@ class SparseLoCo(LocalSteps):
 
     def _layout(self) -> str:
         return f"{super()._layout()}, {self._wire}"
+
+    def _rules(self) -> str:
+        return f"{super()._rules()}, {self._told_by}, planned_steps {self.cadence.planned_steps}"
 
     def _move(self, tile: Tile, mean: Tensor) -> None:
         self._flat.shared[tile.weights].add_(mean, alpha=-self.outer_lr)

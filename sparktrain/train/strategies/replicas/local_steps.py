@@ -73,6 +73,7 @@ class LocalSteps:
             )
         fragments = len(flat.fragments)
         self.inner, self._flat, self._contribution = inner, flat, contribution
+        self._sync_every = sync_every
         self.cadence = Cadence(sync_every, fragments, planned_steps, bounds)
         self._exchange = Exchange(group, flat.device, exact)
         self.traffic: Traffic = self._exchange.traffic
@@ -183,7 +184,12 @@ class LocalSteps:
 
     def _layout(self) -> str:
         """What state must have in common; subclasses add to it."""
-        return f"{self._flat.weights} weights in {len(self._flat.fragments)} fragments, delay {self._delay}"
+        cut = f"{self._flat.weights} weights, num_fragments {len(self._flat.fragments)}"
+        return f"sync_every {self._sync_every}, {cut}, delay {self._delay}"
+
+    def _rules(self) -> str:
+        """What ranks must have in common beside that, but another run need not; subclasses add to it."""
+        return f"alpha {self._alpha}, require_exact_steps {self._exchange.exact}"
 
     def _move(self, tile: Tile, mean: torch.Tensor) -> None:
         """``theta`` of a tile, by the mean progress, which may be written to."""
@@ -199,7 +205,8 @@ class LocalSteps:
         have the same, weights are exactly 1 and the mean is the plain one."""
         tensors = [f"{list(p.shape)} {p.dtype}" for p in self._flat.parameters]
         group = self._exchange.group
-        agreement.agree_on_layout(type(self).__name__, tensors, self._layout(), self._flat.device, group)
+        settings = f"{self._layout()}, {self._rules()}"
+        agreement.agree_on_layout(type(self).__name__, tensors, settings, self._flat.device, group)
         self._digests = [self._digest(fragment) for fragment in range(len(self._flat.fragments))]
         together = functools.reduce(lambda total, digest: (31 * total + digest) % 2**64, self._digests, 0)
         heads = self._exchange.heads(Head(tokens, self.steps, together, True))
