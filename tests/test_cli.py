@@ -8,6 +8,8 @@ from sparktrain import cli
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError
 
+DILOCO = ("--strategy.kind", "diloco", "--strategy.sync-every", "50")
+
 
 def write(tmp_path: Path, text: str) -> str:
     file = tmp_path / "c.toml"
@@ -72,6 +74,30 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("", ["--train.steps", "1.5"], "train.steps: input should be a valid integer.*found '1.5'"),
         ("", ["--train.steps"], "command line: .*steps"),
         ("", ["--strategy.kind", "distro", "--strategy.compression-topk", "5000"], "set it to at most 4096"),
+        (
+            "",
+            ["--strategy.kind", "diloco", "--strategy.sync-every", "0"],
+            "strategy.sync_every is '0': expected a number",
+        ),
+        (
+            "[strategy]\nkind = 'diloco'\nsync_every = 'often'\n",
+            [],
+            "strategy.sync_every is 'often': expected a number",
+        ),
+        (
+            "",
+            [*DILOCO, "--strategy.num-fragments", "3"],
+            "num_fragments is 3, which does not divide .* 50: set .* to 51",
+        ),
+        ("", [*DILOCO, "--strategy.fragment-sync-delay", "50"], "fragment_sync_delay is 50, .*: set it to at most 49"),
+        (
+            "",
+            [*DILOCO, "--strategy.compression", "int3"],
+            "strategy.compression: input should be 'none', 'bf16', 'int8'",
+        ),
+        ("", [*DILOCO, "--strategy.outer-momentum", "0"], "nesterov is on but strategy.outer_momentum is 0: set"),
+        ("", ["--strategy.kind", "sparseloco", "--strategy.quantize-bits", "4"], "strategy.quantize_bits: .* 2 or 8"),
+        ("", ["--strategy.kind", "sparseloco", "--strategy.compression-topk", "5000"], "set it to at most 4096"),
         ("", ["--optimizer.betas", "[0.9,1.5]"], "optimizer.betas are .*expected two numbers in"),
     ],
 )

@@ -14,6 +14,7 @@ from sparktrain.errors import ConfigError, Diverged
 from sparktrain.train.strategies import diloco, sparseloco
 from sparktrain.train.strategies.diloco import DiLoCo
 from sparktrain.train.strategies.replicas.cadence import choose_every
+from sparktrain.train.strategies.replicas.flat import Flat
 from sparktrain.train.strategies.sparseloco import SparseLoCo
 
 SIZES = [(130, 67), (3,), (64, 64), (101,)]
@@ -238,6 +239,51 @@ def test_ranks_stay_bit_identical_and_send_what_the_closed_form_says(on_ranks, w
     assert nothing.payload_bytes == nothing.bytes_received == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_tiles_end_does_not_show(dtype):
+    parameters = parameters_of(dtype)
+    theta = torch.from_numpy(values(parameters))
+    for tile_weights, fragments in [(64, 1), (100, 3), (4096, 1), (WEIGHTS + 1, 2)]:
+        flat = Flat(parameters, fragments, tile_weights)
+        tiles = flat.all_tiles()
+        assert torch.cat([torch.arange(WEIGHTS)[t.weights] for t in tiles]).tolist() == list(range(WEIGHTS))
+        assert max(tile.length for tile in tiles) <= tile_weights
+        assert torch.equal(flat.shared[:WEIGHTS], theta)
+        flat.shared += 1
+        local = torch.from_numpy(values(parameters))
+        told = torch.cat([flat.progress(tile, torch.empty(tile.length)) for tile in tiles])
+        assert torch.equal(told, flat.shared[:WEIGHTS].to(dtype).float() - local)
+        for tile in tiles:
+            flat.take(tile, 0.25)
+        mixed = torch.lerp(theta + 1, theta, 0.25).to(dtype).float()
+        torch.testing.assert_close(
+            torch.from_numpy(values(parameters)), mixed, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6
+        )
+        digests = [flat.digest(f) for f in range(fragments)]
+        flat.shared[WEIGHTS - 1] = torch.nextafter(flat.shared[WEIGHTS - 1], torch.tensor(9.0))
+        assert [flat.digest(f) for f in range(fragments)][:-1] == digests[:-1]
+        assert flat.digest(fragments - 1) != digests[-1]
+        put(parameters, theta)
+
+
+@pytest.mark.parametrize(("compression", "levels"), [(None, 10**6), ("int8", 127), ("int4", 7)])
+def test_a_large_parameter_is_told_in_pieces(on_ranks, compression, levels):
+    """More weights than a tile holds, and no whole number of coded blocks."""
+
+    def rank_main(rank, world):
+        parameter = torch.nn.Parameter(torch.zeros(703, 401))
+        strategy = DiLoCo([parameter], sgd([parameter]), sync_every=2, compression=compression, outer="average")
+        parameter.grad = torch.randn(703, 401, generator=torch.Generator().manual_seed(rank))
+        strategy.step()
+        strategy.step()
+        return parameter.grad.numpy(), parameter.detach().numpy()
+
+    (first, zero), (second, one) = on_ranks(2, rank_main)
+    assert (zero == one).all()
+    largest = 0.02 * max(abs(first).max(), abs(second).max())
+    assert abs(zero + 0.01 * (first + second)).max() <= 0.51 * largest / levels
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -442,25 +488,37 @@ def test_ranks_that_took_unequal_steps_are_named_unless_that_is_meant(on_ranks):
     assert (zero == one).all()
 
 
-def test_ranks_with_other_settings_are_told(on_ranks):
+@pytest.mark.parametrize(
+    ("kind", "one", "other"),
+    [
+        (DiLoCo, {"compression": "int8"}, {"compression": "int4"}),
+        (DiLoCo, {"sync_every": 4}, {"sync_every": 5}),
+        (DiLoCo, {"outer_lr": 0.7}, {"outer_lr": 0.6}),
+        (SparseLoCo, {"error_decay": 0.9}, {"error_decay": 0.8}),
+    ],
+)
+def test_ranks_with_other_settings_are_told(on_ranks, kind, one, other):
     def rank_main(rank, world):
         parameters = parameters_of()
-        strategy = DiLoCo(parameters, sgd(parameters), sync_every=2, compression=["int8", "int4"][rank])
-        with pytest.raises(ConfigError, match=r"DiLoCo's settings differ .* compression int8, rank 1 has .* int4"):
-            train(strategy, parameters, rank, range(2))
+        strategy = kind(parameters, sgd(parameters), **({"sync_every": 2} | [one, other][rank]))
+        texts = [str(next(iter(settings.values()))) for settings in (one, other)]
+        name = kind.__name__
+        with pytest.raises(ConfigError, match=f"{name}'s settings differ .* {texts[0]}.*, rank 1 has .* {texts[1]}"):
+            strategy.step()
 
     on_ranks(2, rank_main)
 
 
 def test_rounds_are_so_long_that_communication_is_under_a_twentieth():
-    every, reason = choose_every([0.1, 0.1], [0.21, 0.5], 1, 0)
+    every, reason = choose_every([0.1, 0.1], [0.21, 0.5], 1, 0, diloco.BOUNDS)
     assert every == 42
     assert "communication is 4.8% of the time" in reason
-    assert choose_every([0.1], [1e-6], 1, 0)[0] == 10
-    assert choose_every([0.1], [99.0], 1, 0)[0] == 500
-    # Ten rounds at least; as many steps as fragments can share.
-    assert choose_every([0.1], [99.0], 1, 600)[0] == 60
-    assert choose_every([0.1], [0.21], 4, 0)[0] == 44
+    assert choose_every([0.1], [1e-6], 1, 0, diloco.BOUNDS)[0] == 10
+    assert choose_every([0.1], [99.0], 1, 0, diloco.BOUNDS)[0] == 500
+    # Enough rounds for a short run; as many steps as fragments can share.
+    assert choose_every([0.1], [99.0], 1, 600, diloco.BOUNDS)[0] == 20
+    assert choose_every([0.1], [99.0], 1, 600, sparseloco.BOUNDS)[0] == 12
+    assert choose_every([0.1], [0.21], 4, 0, diloco.BOUNDS)[0] == 44
 
 
 @pytest.mark.parametrize(("planned", "outer"), [(500, "average: .* rounds"), (10**6, "SGD, lr 0.7, momentum 0.9: .*")])
@@ -487,6 +545,22 @@ def test_auto_is_the_same_choice_on_all_ranks_said_once(on_ranks, planned, outer
     assert silence == ""
     assert text.count("\n") == 1
     assert re.match(f"sync_every {zero[0]}: a step takes .* communication is .*; outer {outer}", text)
+
+
+@pytest.mark.parametrize(
+    ("world", "said"), [(3, ""), (5, "compression bf16 brings each of 5 ranks more bytes than an ")]
+)
+def test_compression_that_is_in_vain_is_told(on_ranks, world, said):
+    def rank_main(rank, world):
+        parameters, out = parameters_of(), io.StringIO()
+        with contextlib.redirect_stdout(out):
+            train(DiLoCo(parameters, sgd(parameters), sync_every=2, compression="bf16"), parameters, rank, range(1))
+        return out.getvalue()
+
+    texts = on_ranks(world, rank_main)
+    assert texts[0].startswith(said)
+    assert bool(texts[0]) == bool(said)
+    assert not any(texts[1:])
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,14 @@ from sparktrain.errors import ConfigError
 from sparktrain.train.compression.vector_code import Codec
 from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.inner import adamw
-from sparktrain.train.strategies.replicas.cadence import LEAST, Every
+from sparktrain.train.strategies.replicas.cadence import Bounds, Every, first_every
 from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, Dense, message_bytes
 from sparktrain.train.strategies.replicas.flat import Flat, Tile, bounds_of, named
 from sparktrain.train.strategies.replicas.local_steps import LocalSteps
 
 _CODECS: dict[str | None, Codec | None] = {None: None, "none": None, "bf16": "bf16", "int8": "int8", "int4": "int4"}
+# A run of a few hundred steps hardly gains from other ranks if they meet ten times only.
+BOUNDS = Bounds(steps=10, rounds=30)
 # Fewer rounds than this are averaged by ``outer="auto"``.
 ROUNDS_FOR_MOMENTUM = 100
 
@@ -96,6 +98,7 @@ class DiLoCo(LocalSteps):
             inner,
             Dense(flat, self.codec, feedback=self.codec == "int4"),
             sync_every=sync_every,
+            bounds=BOUNDS,
             planned_steps=planned_steps,
             delay=fragment_sync_delay,
             alpha=fragment_update_alpha,
@@ -128,6 +131,10 @@ class DiLoCo(LocalSteps):
     def _layout(self) -> str:
         return f"{super()._layout()}, compression {self.codec or 'none'}"
 
+    def _rules(self) -> str:
+        outer = f"outer {self.outer}, lr {self.outer_lr}, momentum {self.outer_momentum}, nesterov {self.nesterov}"
+        return f"{super()._rules()}, {outer}, planned_steps {self.cadence.planned_steps}"
+
     def _move(self, tile: Tile, mean: torch.Tensor) -> None:
         theta = self._flat.shared[tile.weights]
         lr, momentum = (1.0, 0.0) if self._averages else (self.outer_lr, self.outer_momentum)
@@ -145,6 +152,11 @@ class DiLoCo(LocalSteps):
             chosen = "average" if self._averages else f"SGD, lr {self.outer_lr}, momentum {self.outer_momentum}"
             planned = f"{rounds} rounds are planned" if self.cadence.planned_steps else "no number of rounds is known"
             reason += f"{'; ' if reason else ''}outer {chosen}: {planned}, and momentum needs {ROUNDS_FOR_MOMENTUM}"
+        world, lengths = self._exchange.world, [self._flat.length(f) for f in range(len(self._flat.fragments))]
+        coded, whole = (sum(message_bytes(codec, n) for n in lengths) for codec in (self.codec, None))
+        if self.codec and (world - 1) * coded > 2 * whole * (world - 1) // world:
+            reason += f"{'; ' if reason else ''}compression {self.codec} brings each of {world} ranks more bytes than "
+            reason += "an all-reduce of float32 would: set compression to none"
         super()._settle(reason)
 
 
@@ -158,7 +170,7 @@ def traffic_per_step(shapes: Sequence[torch.Size], section: Diloco, world: int) 
     """The mean over a round; ``sync_every="auto"`` counts as the fewest steps it may choose."""
     weights = sum(shape.numel() for shape in shapes)
     fragments, codec = section.num_fragments, _CODECS[section.compression]
-    every = -(-LEAST // fragments) * fragments if section.sync_every == "auto" else section.sync_every
+    every = first_every(section.sync_every, fragments, BOUNDS)
     bounds, traffic = bounds_of(weights, fragments), Traffic()
     for begin, end in itertools.pairwise(bounds):
         size = message_bytes(codec, end - begin)

@@ -26,12 +26,14 @@ from sparktrain.train.compression.topk import Selector
 from sparktrain.train.compression.wire import ChunkCode, Values
 from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.inner import adamw
-from sparktrain.train.strategies.replicas.cadence import LEAST, Every
+from sparktrain.train.strategies.replicas.cadence import Bounds, Every, first_every
 from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, is_finite
 from sparktrain.train.strategies.replicas.exchange import HEAD, Received
-from sparktrain.train.strategies.replicas.flat import Flat, Tile, lengths_of, named
+from sparktrain.train.strategies.replicas.flat import Flat, Tile, named
 from sparktrain.train.strategies.replicas.local_steps import LocalSteps
 
+# What was not sent waits for some twenty rounds: fewer than fifty leave too much of it behind.
+BOUNDS = Bounds(steps=5, rounds=50)
 _VALUES: dict[int, Values] = {2: "2bit", 8: "int8"}
 
 
@@ -74,12 +76,14 @@ class SparseLoCo(LocalSteps):
         self.outer_lr = outer_lr
         sparse = Sparse(flat, compression_chunk, compression_topk, _VALUES[quantize_bits], error_decay)
         self._wire = f"{compression_topk} of {compression_chunk}x{compression_chunk} weights, {quantize_bits} bits"
+        self._told_by = f"outer_lr {outer_lr}, error_decay {error_decay}"
         super().__init__(
             flat,
             names,
             inner,
             sparse,
             sync_every=sync_every,
+            bounds=BOUNDS,
             planned_steps=planned_steps,
             exact=require_exact_steps,
             group=process_group,
@@ -88,61 +92,66 @@ class SparseLoCo(LocalSteps):
     def _layout(self) -> str:
         return f"{super()._layout()}, {self._wire}"
 
+    def _rules(self) -> str:
+        return f"{super()._rules()}, {self._told_by}, planned_steps {self.cadence.planned_steps}"
+
     def _move(self, tile: Tile, mean: Tensor) -> None:
         self._flat.shared[tile.weights].add_(mean, alpha=-self.outer_lr)
 
 
 class Sparse:
-    """Contributions that say something of the largest weights only."""
+    """Contributions that say something of the largest weights only. One message is coded as a whole: a tile's share of
+    it is too small to be worth the calls."""
 
     def __init__(self, flat: Flat, chunk: int, topk: int, values: Values, decay: float) -> None:
-        self.residual: Tensor = torch.zeros(flat.weights, device=flat.device)
-        self._chunk, self._decay = chunk, decay
+        self._chunk, self._decay, self._weights = chunk, decay, flat.weights
         self._code = ChunkCode(chunk * chunk, topk, values)
-        most = max(self._chunks(tile.length) for tile in flat.all_tiles())
+        self._chunks = -(-flat.weights // self._code.area)
+        # Whole chunks, and one weight more, where coefficients go that are absent.
+        self._residual = torch.zeros(self._chunks * self._code.area + 1, device=flat.device)
+        most = max(tile.length for tile in flat.all_tiles()) // self._code.area + 1
+        self._tile = torch.zeros(most * self._code.area + 1, device=flat.device)
         self._select = Selector(chunk, chunk, topk, most, flat.device)
-        # With one weight more, where absent coefficients go.
-        self._tile = torch.zeros(most * chunk * chunk + 1, device=flat.device)
+
+    @property
+    def residual(self) -> Tensor:
+        return self._residual[: self._weights]
 
     def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, bool]:
-        parts = [torch.zeros(HEAD, dtype=torch.uint8, device=flat.device)]
-        finite = True
+        chosen, finite = [], True
         for tile in flat.fragments[fragment]:
-            residual, chunks = self.residual[tile.weights], self._chunks(tile.length)
-            told = self._tile[: chunks * self._code.area]
-            told[tile.length :] = 0
-            part = flat.progress(tile, told[: tile.length])
+            part = flat.progress(tile, self._tile[: tile.length])
             finite &= is_finite(part)
-            part.add_(residual, alpha=self._decay)
+            self._residual[tile.weights].mul_(self._decay).add_(part)
+            first, chunks = self._place(tile)
+            told = self._residual[first * self._code.area :][: chunks * self._code.area]
             # The selector reads row after row of all chunks; a chunk's weights stay in a row.
-            rows = told.view(chunks, self._chunk, self._chunk).transpose(0, 1).contiguous()
-            chosen = self._select(rows)
-            parts.append(self._code.encode(chosen.indices, chosen.values))
-            self._add(parts[-1], chunks, -1.0)
-            residual.copy_(part)
-        return torch.cat(parts), finite
+            chosen.append(self._select(told.view(chunks, self._chunk, self._chunk).transpose(0, 1).contiguous()))
+        head = torch.zeros(HEAD, dtype=torch.uint8, device=flat.device)
+        message = self._code.encode(torch.cat([c.indices for c in chosen]), torch.cat([c.values for c in chosen]))
+        index, value = self._code.decode(message, self._chunks)
+        self._add(self._residual, index, value, -1.0)
+        return torch.cat([head, message]), finite
 
     def means(self, flat: Flat, fragment: int, received: Received) -> Iterator[tuple[Tile, Tensor]]:
-        begin = 0
+        said = [self._code.decode(row, self._chunks) for row in received.data]
         for tile in flat.fragments[fragment]:
-            chunks = self._chunks(tile.length)
-            end = begin + self._code.num_bytes(chunks)
-            mean = self._tile[: tile.length].zero_()
-            for row, weight in zip(received.data, received.weights, strict=True):
-                self._add(row[begin:end], chunks, weight / received.total)
-            begin = end
-            yield tile, mean
+            first, chunks = self._place(tile)
+            mean = self._tile.zero_()
+            for (index, value), weight in zip(said, received.weights, strict=True):
+                rows = slice(first, first + chunks)
+                self._add(mean, index[rows], value[rows], weight / received.total)
+            yield tile, mean[: tile.length]
 
-    def _chunks(self, length: int) -> int:
-        return -(-length // self._code.area)
+    def _place(self, tile: Tile) -> tuple[int, int]:
+        """First chunk of a tile, and how many it has."""
+        return tile.begin // self._code.area, -(-tile.length // self._code.area)
 
-    def _add(self, data: Tensor, chunks: int, weight: float) -> None:
-        """Add what ``data`` says of a tile, times ``weight``, to ``_tile``."""
-        index, value = self._code.decode(data, chunks)
-        absent = index == self._code.area
-        index = index + self._code.area * torch.arange(chunks, device=index.device).unsqueeze(1)
-        index = index.masked_fill_(absent, len(self._tile) - 1)
-        self._tile.index_add_(0, index.view(-1), value.reshape(-1), alpha=weight)
+    def _add(self, to: Tensor, index_CK: Tensor, value_CK: Tensor, weight: float) -> None:
+        """Add coefficients, times ``weight``, to weights that end with the one for absent coefficients."""
+        begin = self._code.area * torch.arange(len(index_CK), device=to.device).unsqueeze(1)
+        place = torch.where(index_CK == self._code.area, len(to) - 1, index_CK + begin)
+        to.index_add_(0, place.view(-1), value_CK.reshape(-1), alpha=weight)
 
 
 def build(
@@ -157,11 +166,10 @@ def traffic_per_step(shapes: Sequence[torch.Size], section: Sparseloco, world: i
     """The mean over a round; ``sync_every="auto"`` counts as the fewest steps it may choose."""
     chunk = section.compression_chunk
     code = ChunkCode(chunk * chunk, section.compression_topk, _VALUES[section.quantize_bits])
-    lengths = lengths_of(sum(shape.numel() for shape in shapes), _tile_weights(chunk, "cpu"))
-    traffic = Traffic()
+    chunks, traffic = -(-sum(shape.numel() for shape in shapes) // code.area), Traffic()
     if world > 1:
-        traffic.add_all_gather(HEAD + sum(code.num_bytes(-(-n // code.area)) for n in lengths), world)
-    return traffic.per_step(LEAST if section.sync_every == "auto" else section.sync_every)
+        traffic.add_all_gather(HEAD + code.num_bytes(chunks), world)
+    return traffic.per_step(first_every(section.sync_every, 1, BOUNDS))
 
 
 def _tile_weights(chunk: int, device: str) -> int:

@@ -4,22 +4,29 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sparktrain.errors import ConfigError
 
 Every = int | Literal["auto"]
 
-# Communication may take this share of the time; a round has at least and at most so many steps.
-SHARE, LEAST, MOST = 0.05, 10, 500
+# Communication may take this share of the time; a round has at most so many steps.
+SHARE, MOST = 0.05, 500
 # The first sync also opens connections; the second is measured.
 _MEASURED_ROUND = 2
 
 
-def first_every(sync_every: Every, fragments: int) -> int:
+class Bounds(NamedTuple):
+    """What "auto" keeps to: steps of a round at least, and rounds of a run that is long enough for them."""
+
+    steps: int
+    rounds: int
+
+
+def first_every(sync_every: Every, fragments: int, bounds: Bounds) -> int:
     """Steps of the first round. ``ConfigError`` where fragments do not divide it."""
     if sync_every == "auto":
-        return -(-LEAST // fragments) * fragments
+        return -(-bounds.steps // fragments) * fragments
     if isinstance(sync_every, bool) or not isinstance(sync_every, int) or sync_every < 1:
         raise ConfigError(f"sync_every is {sync_every!r}: expected a number of steps of at least 1, or auto")
     if sync_every % fragments:
@@ -31,15 +38,14 @@ def first_every(sync_every: Every, fragments: int) -> int:
 
 
 def choose_every(
-    step_seconds: Sequence[float], sync_seconds: Sequence[float], fragments: int, planned_steps: int
+    step_seconds: Sequence[float], sync_seconds: Sequence[float], fragments: int, planned_steps: int, bounds: Bounds
 ) -> tuple[int, str]:
     """Steps of a round, and why, from what each rank measured: of a step, and of a round's syncs.
 
-    The rank that waited least for a sync waited for the network alone. A run of ``planned_steps`` (0: unknown) should
-    have ten rounds.
+    The rank that waited least for a sync waited for the network alone. ``planned_steps``: of the run; 0: unknown.
     """
     step, sync = max(statistics.median(step_seconds), 1e-9), min(sync_seconds)
-    least, most = LEAST, max(LEAST, planned_steps // 10) if planned_steps else MOST
+    least, most = bounds.steps, max(bounds.steps, planned_steps // bounds.rounds) if planned_steps else MOST
     wanted = math.ceil(sync / (SHARE * step))
     every = -(-min(max(wanted, least), most, MOST) // fragments) * fragments
     part = sync / (sync + every * step)
@@ -56,12 +62,12 @@ class Cadence:
         planned_steps: of the run; 0: unknown.
     """
 
-    def __init__(self, sync_every: Every, fragments: int, planned_steps: int) -> None:
-        self.every = first_every(sync_every, fragments)
+    def __init__(self, sync_every: Every, fragments: int, planned_steps: int, bounds: Bounds) -> None:
+        self.every = first_every(sync_every, fragments, bounds)
         self.settled = sync_every != "auto"
         self.rounds = 0
         self.planned_steps = planned_steps
-        self._fragments = fragments
+        self._fragments, self._bounds = fragments, bounds
         self._watched = 0
         self._seconds: list[float] = []
         self._resumed_at = 0.0
@@ -89,6 +95,6 @@ class Cadence:
     def choose(self, measured: Sequence[Sequence[float]]) -> str:
         """The choice and its reason, from what all ranks measured."""
         steps, syncs = ([row[i] for row in measured] for i in (0, 1))
-        self.every, reason = choose_every(steps, syncs, self._fragments, self.planned_steps)
+        self.every, reason = choose_every(steps, syncs, self._fragments, self.planned_steps, self._bounds)
         self.settled = True
         return f"sync_every {self.every}: {reason}"

@@ -94,7 +94,7 @@ class Exchange:
         """Everyone's contributions. ``Diverged`` names the ranks that do not fit."""
         assert self._under_way is not None
         if self._work is not None:
-            self._timed(self._work.wait)
+            self._timed(self._finish)
         data, self._work, self._under_way = self._under_way, None, None
         if data.dtype == torch.uint8:
             heads = _heads(data)
@@ -131,6 +131,12 @@ class Exchange:
 
     def _gather(self, everyones: Tensor | None, message: Tensor) -> Any:
         return all_gather(everyones, message, group=self.group, async_op=True)
+
+    def _finish(self) -> None:
+        self._work.wait()
+        if self._device.type == "cuda":
+            # There, wait() returns at once, and the time would not be that of the network.
+            torch.cuda.synchronize(self._device)
 
     def _timed(self, call: Any) -> Any:
         began = time.perf_counter()

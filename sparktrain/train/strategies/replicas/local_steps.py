@@ -30,7 +30,7 @@ import torch.distributed as dist
 from sparktrain.errors import ConfigError
 from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.replicas import agreement
-from sparktrain.train.strategies.replicas.cadence import Cadence, Every
+from sparktrain.train.strategies.replicas.cadence import Bounds, Cadence, Every
 from sparktrain.train.strategies.replicas.dense import Contribution, Dense
 from sparktrain.train.strategies.replicas.exchange import Exchange, Head, Received
 from sparktrain.train.strategies.replicas.flat import Flat, Tile
@@ -44,7 +44,7 @@ class LocalSteps:
         names: theirs.
         inner: the optimizer of this rank's steps, on no other parameters.
         contribution: how progress is told.
-        sync_every, planned_steps: see ``Cadence``.
+        sync_every, bounds, planned_steps: see ``Cadence``.
         delay, alpha: see the module.
         exact: ranks that do not take equally many steps in a round are an error; False: they weigh what they weigh.
         group: ranks to train with; none: all, or this process where torch.distributed is not in use.
@@ -60,6 +60,7 @@ class LocalSteps:
         contribution: Contribution,
         *,
         sync_every: Every,
+        bounds: Bounds,
         planned_steps: int = 0,
         delay: int = 0,
         alpha: float = 0.0,
@@ -69,28 +70,26 @@ class LocalSteps:
         known = {id(p) for p in flat.parameters}
         strange = [p for g in inner.param_groups for p in g["params"] if id(p) not in known]
         if strange:
-            raise ConfigError(
-                f"the inner optimizer trains a parameter of shape {list(strange[0].shape)} that is not among params: "
-                f"give both the same"
-            )
+            shape = list(strange[0].shape)
+            raise ConfigError(f"the inner optimizer trains a parameter of shape {shape} that params lack: give it both")
         fragments = len(flat.fragments)
         self.inner, self._flat, self._contribution = inner, flat, contribution
         self._names = list(names)
-        self.cadence = Cadence(sync_every, fragments, planned_steps)
+        self._sync_every = sync_every
+        self.cadence = Cadence(sync_every, fragments, planned_steps, bounds)
         self._exchange = Exchange(group, flat.device, exact)
         self.traffic: Traffic = self._exchange.traffic
         self._delay, self._alpha = delay, alpha
         self.steps = 0
-        self._since = self._fragment = 0
+        self._since = self._fragment = self._unit = 0
         self._tokens, self._counted = [0] * fragments, [0] * fragments
-        self._unit = 0
         self._agreed = False
         self._equal = True
         self._arrived: Received | None = None
         self._digests = [0] * fragments
 
     def average_gradients(self) -> None:
-        """Nothing: every rank keeps its own gradient."""
+        """Nothing: each rank keeps its own."""
 
     @torch.no_grad()
     def step(self, lr: float | None = None, tokens: int = 1) -> None:
@@ -190,7 +189,12 @@ class LocalSteps:
 
     def _layout(self) -> str:
         """What state must have in common; subclasses add to it."""
-        return f"{self._flat.weights} weights in {len(self._flat.fragments)} fragments, delay {self._delay}"
+        cut = f"{self._flat.weights} weights, num_fragments {len(self._flat.fragments)}"
+        return f"sync_every {self._sync_every}, {cut}, delay {self._delay}"
+
+    def _rules(self) -> str:
+        """What ranks must have in common beside that, but another run need not; subclasses add to it."""
+        return f"alpha {self._alpha}, require_exact_steps {self._exchange.exact}"
 
     def _move(self, tile: Tile, mean: torch.Tensor) -> None:
         """``theta`` of a tile, by the mean progress, which may be written to."""
@@ -205,8 +209,8 @@ class LocalSteps:
         """Compare layouts and the parameters ranks begin with, and take the mean of their tokens as weight 1: where all
         have the same, weights are exactly 1 and the mean is the plain one."""
         tensors = [f"{list(p.shape)} {p.dtype}" for p in self._flat.parameters]
-        group = self._exchange.group
-        agreement.agree_on_layout(type(self).__name__, tensors, self._layout(), self._flat.device, group)
+        rules = f"{self._layout()}, {self._rules()}"
+        agreement.agree_on_layout(type(self).__name__, tensors, rules, self._flat.device, self._exchange.group)
         self._digests = [self._digest(fragment) for fragment in range(len(self._flat.fragments))]
         together = functools.reduce(lambda total, digest: (31 * total + digest) % 2**64, self._digests, 0)
         heads = self._exchange.heads(Head(tokens, self.steps, together, True))
@@ -242,6 +246,5 @@ class LocalSteps:
         self._equal = len(self._flat.fragments) == 1 and self._alpha == 0
 
     def _end_round(self) -> None:
-        measured = self.cadence.round_ends(self.traffic.seconds)
-        if measured is not None:
+        if (measured := self.cadence.round_ends(self.traffic.seconds)) is not None:
             self._settle(self.cadence.choose(self._exchange.numbers(measured)))
