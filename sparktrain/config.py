@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 def _several(value: Any) -> Any:
-    return (str(value),) if isinstance(value, str | Path) else value
+    return (str(value),) if isinstance(value, str | Path) else tuple(value) if isinstance(value, list) else value
 
 
 Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]

@@ -1,6 +1,11 @@
 """Batches: the same global batch for any number of ranks, and only by the plan that was promised."""
 
+import os
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +21,13 @@ from sparktrain.config import RunConfig
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec
 from sparktrain.rundir import RunDir
+from sparktrain.tokens.opened import Opened
 from sparktrain.train import models
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
+from tests.web import serve
 
 
 @pytest.fixture
@@ -78,6 +85,74 @@ def test_a_plan_with_a_row_missing_is_refused(planned: tuple[RunDir, PlanSpec]) 
     write(directory.path, rows[:200] + rows[201:])
     with pytest.raises(DataError, match="holds 399 rows for steps 0 to 39 of this rank, expected 400"):
         next(iter(Batches(directory, spec, 0, 1)))
+
+
+def test_a_slow_server_is_read_ahead_of_the_loop_and_gives_the_same_batches(
+    planned: tuple[RunDir, PlanSpec], tmp_path: Path
+) -> None:
+    directory, spec = planned
+    local = list(Batches(directory, spec, 0, 2))
+    with serve() as web:
+        web.files = {f"/{Path(s.path).name}": Path(s.path).read_bytes() for s in spec.shards}
+        web.fault = lambda n, path: "slow"
+        shards = tuple(replace(s, path=f"{web.url}/{Path(s.path).name}") for s in spec.shards)
+        there = replace(spec, shards=shards)
+        write(tmp_path, plan.rows(there, 0, there.num_positions))
+        batches = iter(Batches(directory, there, 0, 2))
+        first = next(batches)
+        until = time.monotonic() + 60
+        # While the loop is busy with the first batch of 5, its opening requests and windows of later batches come in.
+        while len(web.asked) < 3 + 5 + 10 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(web.asked) >= 3 + 5 + 10
+        assert web.busiest > 1
+        assert all(torch.equal(a, b) for a, b in zip([first, *batches], local, strict=True))
+
+
+def test_a_reading_error_comes_at_its_batch_and_not_before(planned: tuple[RunDir, PlanSpec], tmp_path: Path) -> None:
+    directory, spec = planned
+    copies = tuple(replace(s, path=shutil.copy(s.path, tmp_path)) for s in spec.shards)
+    spec = replace(spec, shards=copies)
+    write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+    torn = copies[0].path
+    os.truncate(torn, 64)
+    first_bad = next(i for i in range(spec.steps) if any(r.path == torn for r in plan.rows(spec, i * 10, i * 10 + 10)))
+    batches = iter(Batches(directory, spec, 0, 1))
+    for _ in range(first_bad):
+        next(batches)
+    with pytest.raises(DataError, match="ends at byte 64, expected at least .* it was truncated"):
+        next(batches)
+
+
+def test_few_files_are_open_at_a_time_and_none_in_use_is_closed() -> None:
+    class Thing:
+        def __init__(self, name: str) -> None:
+            opened.append(name)
+            self.name, self.closed = name, False
+
+        def close(self) -> None:
+            closed.append(self.name)
+            self.closed = True
+
+    opened: list[str] = []
+    closed: list[str] = []
+    files = Opened(Thing, 2)
+    with files.use("a") as a:
+        for name in "bcdb":
+            with files.use(name) as other:
+                assert not other.closed
+        assert not a.closed
+        assert (opened, closed) == (["a", "b", "c", "d", "b"], ["b", "c", "d"])
+
+    def work(seed: int) -> None:
+        for i in range(300):
+            with files.use("uvwxyz"[(seed * 7 + i * i) % 6]) as thing:
+                assert not thing.closed
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    files.close()
+    assert sorted(opened) == sorted(closed)
 
 
 def test_psyches_windows_give_the_loss_that_psyche_has_of_them(data: Path, tmp_path: Path) -> None:
