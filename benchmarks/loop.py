@@ -82,7 +82,7 @@ def main() -> None:
         run, config, spec = prepare(Path(directory), steps)
         ours, theirs = models.build(config, world), models.build(config, world)
         strategy = STRATEGIES["adamw"].build(dict(ours.named_parameters()), config.strategy, config.optimizer)
-        step = bare_step(theirs, config, list(loop.Batches(run, spec, 0, 1)))
+        step = bare_step(theirs, config, [batch.tokens for batch in loop.Batches(run, spec, 0, 1)])
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
         steps_of_ours = loop._steps(run, config, spec, world, ours, strategy)
         for i in range(steps):

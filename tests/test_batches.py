@@ -23,6 +23,7 @@ from sparktrain.plan import Assignment, PlanSpec
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.opened import Opened
 from sparktrain.train import models
+from sparktrain.train.batch import Batch
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.world import World
@@ -49,16 +50,16 @@ def test_the_global_batch_of_a_step_does_not_depend_on_the_number_of_ranks(plann
     directory, spec = planned
     alone = list(Batches(directory, spec, 0, 1))
     assert len(alone) == 40
-    assert alone[0].shape == (10, 33)
+    assert alone[0].tokens.shape == (10, 33)
     for world in (2, 3, 4, 10):
         shares = [list(Batches(directory, spec, rank, world)) for rank in range(world)]
         for step, whole in enumerate(alone):
-            assert torch.equal(torch.cat([share[step] for share in shares]), whole)
+            assert torch.equal(torch.cat([share[step].tokens for share in shares]), whole.tokens)
 
 
 def test_a_batch_holds_the_tokens_that_its_rows_name(planned: tuple[RunDir, PlanSpec]) -> None:
     directory, spec = planned
-    batch = next(iter(Batches(directory, spec, 0, 1, first_step=3)))
+    batch = next(iter(Batches(directory, spec, 0, 1, first_step=3))).tokens
     for row, window in zip(plan.rows(spec, 30, 40), batch, strict=True):
         shard = np.fromfile(row.path, dtype="<u2")
         assert window.tolist() == shard[row.start : row.start + row.length].tolist()
@@ -67,7 +68,9 @@ def test_a_batch_holds_the_tokens_that_its_rows_name(planned: tuple[RunDir, Plan
 def test_the_order_goes_on_where_it_is_resumed(planned: tuple[RunDir, PlanSpec]) -> None:
     directory, spec = planned
     whole = list(Batches(directory, spec, 1, 3))
-    assert all(torch.equal(a, b) for a, b in zip(whole[17:], Batches(directory, spec, 1, 3, 17), strict=True))
+    assert all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(whole[17:], Batches(directory, spec, 1, 3, 17), strict=True)
+    )
 
 
 def test_a_plan_of_another_order_is_refused_before_the_first_token(planned: tuple[RunDir, PlanSpec]) -> None:
@@ -106,7 +109,7 @@ def test_a_slow_server_is_read_ahead_of_the_loop_and_gives_the_same_batches(
             time.sleep(0.01)
         assert len(web.asked) >= 3 + 5 + 10
         assert web.busiest > 1
-        assert all(torch.equal(a, b) for a, b in zip([first, *batches], local, strict=True))
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip([first, *batches], local, strict=True))
 
 
 def test_a_reading_error_comes_at_its_batch_and_not_before(planned: tuple[RunDir, PlanSpec], tmp_path: Path) -> None:
@@ -160,13 +163,13 @@ def test_psyches_windows_give_the_loss_that_psyche_has_of_them(data: Path, tmp_p
     shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
     spec = PlanSpec(shards, sequence_length=32, total_batch=10, steps=2, seed=5, window="psyche")
     write(tmp_path, plan.rows(spec, 0, spec.num_positions))
-    batch = next(iter(Batches(RunDir(tmp_path), spec, 0, 1)))
+    batch = next(iter(Batches(RunDir(tmp_path), spec, 0, 1))).tokens
     assert batch.shape == (10, 32)
     config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run"))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.model_config(config)).eval()
     with torch.no_grad():
-        ours = float(token_losses(model, batch)) / spec.target_tokens_per_step
+        ours = float(token_losses(model, Batch(batch))) / spec.target_tokens_per_step
         theirs = float(model(input_ids=batch, labels=batch).loss)
     assert ours == pytest.approx(theirs, rel=1e-5)
 

@@ -11,12 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sparktrain.config import RunConfig, Train
-from sparktrain.errors import ConfigError, Diverged
+from sparktrain.errors import ConfigError, DataError, Diverged
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import models
+from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.schedule import lr_at
@@ -32,6 +33,8 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec) -> RankResult:
                 f"{world.size} ranks share train.total_batch {spec.total_batch}: start at most {spec.total_batch} ranks"
             )
         model = models.build(config, world)
+        if spec.packed:
+            check_separates(model)
         kind = STRATEGIES[config.strategy.kind]
         strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer)
         before = heldout_loss(model, config, world)
@@ -65,16 +68,16 @@ def _steps(
     directory: RunDir, config: RunConfig, spec: PlanSpec, world: World, model: PreTrainedModel, strategy: Strategy
 ) -> Iterator[StepRecord]:
     """One record per step of the plan."""
-    # The mean over ranks of gradients scaled so is the gradient of the global batch's mean token loss.
-    scale = world.size / spec.target_tokens_per_step
     shards = opener(config.data, known(spec.shards))
     batches = iter(Batches(directory, spec, world.rank, world.size, opener=shards))
     for step in range(spec.steps):
         began = time.perf_counter()
-        tokens_BS = next(batches)
+        batch = next(batches)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
-        loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
+        # The mean over ranks of gradients scaled so is the gradient of the global batch's mean token loss.
+        scale = world.size / _targets(batch, step, spec, world)
+        loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
         if not math.isfinite(loss_sum):
@@ -87,7 +90,7 @@ def _steps(
         yield StepRecord(
             step=step,
             loss_sum=loss_sum,
-            tokens=tokens_BS.shape[0] * (tokens_BS.shape[1] - 1),
+            tokens=batch.num_targets,
             lr=lr,
             grad_norm=norm,
             seconds=ended - began,
@@ -100,14 +103,25 @@ def _steps(
         )
 
 
-def _accumulate_gradients(model: PreTrainedModel, tokens_BS: torch.Tensor, scale: float, settings: Train) -> float:
+def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
+    """Targets of the global batch. Known from the plan where every token is one, which all ranks see alike; else the
+    ranks' counts are added up."""
+    if not spec.leaves_targets_out:
+        return spec.target_tokens_per_step
+    targets = int(world.sum(batch.num_targets)[0])
+    if not targets:
+        raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
+    return targets
+
+
+def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, settings: Train) -> float:
     """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=tokens_BS.device)
+    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
-    for tokens_MS in torch.split(tokens_BS, settings.micro_batch):
-        loss = token_losses(model, tokens_MS, settings.autocast)
+    for part in batch.split(settings.micro_batch):
+        loss = token_losses(model, part, settings.autocast)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         for sum_so_far, parameter in zip(exact, parameters, strict=False):
