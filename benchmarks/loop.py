@@ -85,7 +85,7 @@ def main() -> None:
         strategy = STRATEGIES["adamw"].build(
             dict(ours.named_parameters()), config.strategy, config.optimizer, config.train.steps
         )
-        step = bare_step(theirs, config, list(loop.Batches(run, spec, 0, 1)))
+        step = bare_step(theirs, config, [batch.tokens for batch in loop.Batches(run, spec, 0, 1)])
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
         training = loop.Training(run, config, spec, world, ours, strategy, Requests(run, world, strategy.local))
         steps_of_ours = loop._steps(training)

@@ -114,7 +114,7 @@ def _first_line(error: ValidationError, model: type[BaseModel], where: str) -> s
 
 def _describe(error: Any, model: type[BaseModel], where: str) -> str:
     """One line for one pydantic error: file, key, what was wrong, what was found, what to do."""
-    kind, location = error["type"], [str(part) for part in error["loc"]]
+    kind, location = error["type"], [part for part in error["loc"] if isinstance(part, str)]  # no places in lists
     known = _keys(model)
     # A tagged union puts its tag into the location (strategy.distro.lr); the user never wrote it.
     key = ".".join(location)

@@ -20,7 +20,7 @@ from sparktrain.sections import Strategy as Strategy
 
 
 def _several(value: Any) -> Any:
-    return (str(value),) if isinstance(value, str | Path) else value
+    return (str(value),) if isinstance(value, str | Path) else tuple(value) if isinstance(value, list) else value
 
 
 Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]

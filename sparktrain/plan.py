@@ -100,7 +100,18 @@ class PlanSpec:
         return window_length(self.window, self.sequence_length)
 
     @property
+    def packed(self) -> bool:
+        """Whether rows may hold several documents, each attended to alone."""
+        return any({"position_ids", "sequence_lengths"} & set(shard.columns) for shard in self.shards)
+
+    @property
+    def leaves_targets_out(self) -> bool:
+        """Whether a step may have fewer targets than ``target_tokens_per_step``: what comes with tokens says which."""
+        return any(shard.columns for shard in self.shards)
+
+    @property
     def target_tokens_per_step(self) -> int:
+        """Where no token is left out."""
         return self.total_batch * (self.window_length - 1)
 
     def to_json(self) -> dict[str, Any]:

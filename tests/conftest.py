@@ -93,6 +93,25 @@ def on_ranks() -> Callable[..., list[Any]]:
     return run_on_ranks
 
 
+def take_steps(directory: Any, config: Any, spec: Any, rank: int, size: int) -> tuple[list[Any], Any, Any]:
+    """All steps of ``spec`` as one rank of a process group that is there: (records, model, world), synced."""
+    import torch
+
+    from sparktrain.train import loop, models
+    from sparktrain.train.requests import Requests
+    from sparktrain.train.strategies import STRATEGIES
+    from sparktrain.train.world import World
+
+    world = World(rank, size, torch.device("cpu"), "host")
+    model = models.build(config, world)
+    build = STRATEGIES[config.strategy.kind].build
+    strategy = build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
+    requests = Requests(directory, world, strategy.local)
+    records = list(loop._steps(loop.Training(directory, config, spec, world, model, strategy, requests)))
+    strategy.sync()
+    return records, model, world
+
+
 @pytest.fixture(scope="session")
 def spark() -> Iterator[Any]:
     """A ``local[2]`` session shared by all tests of a process."""

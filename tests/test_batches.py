@@ -1,6 +1,11 @@
 """Batches: the same global batch for any number of ranks, and only by the plan that was promised."""
 
+import os
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +21,14 @@ from sparktrain.config import RunConfig
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec
 from sparktrain.rundir import RunDir
+from sparktrain.tokens.opened import Opened
 from sparktrain.train import models
+from sparktrain.train.batch import Batch
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
+from tests.web import serve
 
 
 @pytest.fixture
@@ -42,16 +50,16 @@ def test_the_global_batch_of_a_step_does_not_depend_on_the_number_of_ranks(plann
     directory, spec = planned
     alone = list(Batches(directory, spec, 0, 1))
     assert len(alone) == 40
-    assert alone[0].shape == (10, 33)
+    assert alone[0].tokens.shape == (10, 33)
     for world in (2, 3, 4, 10):
         shares = [list(Batches(directory, spec, rank, world)) for rank in range(world)]
         for step, whole in enumerate(alone):
-            assert torch.equal(torch.cat([share[step] for share in shares]), whole)
+            assert torch.equal(torch.cat([share[step].tokens for share in shares]), whole.tokens)
 
 
 def test_a_batch_holds_the_tokens_that_its_rows_name(planned: tuple[RunDir, PlanSpec]) -> None:
     directory, spec = planned
-    batch = next(iter(Batches(directory, spec, 0, 1, first_step=3)))
+    batch = next(iter(Batches(directory, spec, 0, 1, first_step=3))).tokens
     for row, window in zip(plan.rows(spec, 30, 40), batch, strict=True):
         shard = np.fromfile(row.path, dtype="<u2")
         assert window.tolist() == shard[row.start : row.start + row.length].tolist()
@@ -60,7 +68,9 @@ def test_a_batch_holds_the_tokens_that_its_rows_name(planned: tuple[RunDir, Plan
 def test_the_order_goes_on_where_it_is_resumed(planned: tuple[RunDir, PlanSpec]) -> None:
     directory, spec = planned
     whole = list(Batches(directory, spec, 1, 3))
-    assert all(torch.equal(a, b) for a, b in zip(whole[17:], Batches(directory, spec, 1, 3, 17), strict=True))
+    assert all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(whole[17:], Batches(directory, spec, 1, 3, 17), strict=True)
+    )
 
 
 def test_a_plan_of_another_order_is_refused_before_the_first_token(planned: tuple[RunDir, PlanSpec]) -> None:
@@ -80,18 +90,86 @@ def test_a_plan_with_a_row_missing_is_refused(planned: tuple[RunDir, PlanSpec]) 
         next(iter(Batches(directory, spec, 0, 1)))
 
 
+def test_a_slow_server_is_read_ahead_of_the_loop_and_gives_the_same_batches(
+    planned: tuple[RunDir, PlanSpec], tmp_path: Path
+) -> None:
+    directory, spec = planned
+    local = list(Batches(directory, spec, 0, 2))
+    with serve() as web:
+        web.files = {f"/{Path(s.path).name}": Path(s.path).read_bytes() for s in spec.shards}
+        web.fault = lambda n, path: "slow"
+        shards = tuple(replace(s, path=f"{web.url}/{Path(s.path).name}") for s in spec.shards)
+        there = replace(spec, shards=shards)
+        write(tmp_path, plan.rows(there, 0, there.num_positions))
+        batches = iter(Batches(directory, there, 0, 2))
+        first = next(batches)
+        until = time.monotonic() + 60
+        # While the loop is busy with the first batch of 5, its opening requests and windows of later batches come in.
+        while len(web.asked) < 3 + 5 + 10 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(web.asked) >= 3 + 5 + 10
+        assert web.busiest > 1
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip([first, *batches], local, strict=True))
+
+
+def test_a_reading_error_comes_at_its_batch_and_not_before(planned: tuple[RunDir, PlanSpec], tmp_path: Path) -> None:
+    directory, spec = planned
+    copies = tuple(replace(s, path=shutil.copy(s.path, tmp_path)) for s in spec.shards)
+    spec = replace(spec, shards=copies)
+    write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+    torn = copies[0].path
+    os.truncate(torn, 64)
+    first_bad = next(i for i in range(spec.steps) if any(r.path == torn for r in plan.rows(spec, i * 10, i * 10 + 10)))
+    batches = iter(Batches(directory, spec, 0, 1))
+    for _ in range(first_bad):
+        next(batches)
+    with pytest.raises(DataError, match="ends at byte 64, expected at least .* it was truncated"):
+        next(batches)
+
+
+def test_few_files_are_open_at_a_time_and_none_in_use_is_closed() -> None:
+    class Thing:
+        def __init__(self, name: str) -> None:
+            opened.append(name)
+            self.name, self.closed = name, False
+
+        def close(self) -> None:
+            closed.append(self.name)
+            self.closed = True
+
+    opened: list[str] = []
+    closed: list[str] = []
+    files = Opened(Thing, 2)
+    with files.use("a") as a:
+        for name in "bcdb":
+            with files.use(name) as other:
+                assert not other.closed
+        assert not a.closed
+        assert (opened, closed) == (["a", "b", "c", "d", "b"], ["b", "c", "d"])
+
+    def work(seed: int) -> None:
+        for i in range(300):
+            with files.use("uvwxyz"[(seed * 7 + i * i) % 6]) as thing:
+                assert not thing.closed
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    files.close()
+    assert sorted(opened) == sorted(closed)
+
+
 def test_psyches_windows_give_the_loss_that_psyche_has_of_them(data: Path, tmp_path: Path) -> None:
     """Psyche hands the model S tokens and lets it shift: the mean over S-1 targets of each window."""
     shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
     spec = PlanSpec(shards, sequence_length=32, total_batch=10, steps=2, seed=5, window="psyche")
     write(tmp_path, plan.rows(spec, 0, spec.num_positions))
-    batch = next(iter(Batches(RunDir(tmp_path), spec, 0, 1)))
+    batch = next(iter(Batches(RunDir(tmp_path), spec, 0, 1))).tokens
     assert batch.shape == (10, 32)
     config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run"))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.model_config(config)).eval()
     with torch.no_grad():
-        ours = float(token_losses(model, batch)) / spec.target_tokens_per_step
+        ours = float(token_losses(model, Batch(batch))) / spec.target_tokens_per_step
         theirs = float(model(input_ids=batch, labels=batch).loss)
     assert ours == pytest.approx(theirs, rel=1e-5)
 

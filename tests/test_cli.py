@@ -110,3 +110,17 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, toml: str, argv: li
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"config file nowhere\.toml does not exist"):
         cli.parse(RunConfig, ["nowhere.toml"])
+
+
+def test_places_are_one_or_several_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('[data]\npath = ["x", "s3://b/y"]\nheldout = "h"\n')
+    data = cli.parse(RunConfig, [str(file)]).data
+    assert (data.path, data.heldout) == (("x", "s3://b/y"), ("h",))
+    uri = "https://host/x-{00..12}.ds"
+    assert cli.parse(RunConfig, [str(file), "--data.path", uri]).data.path == (uri,)
+    assert cli.parse(RunConfig, ["--data.path", "a", "--data.path", "b"]).data.path == ("a", "b")
+    for empty in ("path = []", "path = [3]"):
+        file.write_text(f"[data]\n{empty}\n")
+        with pytest.raises(ConfigError, match="data.path"):
+            cli.parse(RunConfig, [str(file)])

@@ -103,11 +103,6 @@ def test_what_a_full_read_shows_is_one_line(
             Data(sequence_length=16, window="psyche"),
             "a.npy has rows of 17 tokens, a window has 16: set data.sequence_length to 17",
         ),
-        (
-            [Shard("a.parquet", 340, 4, "parquet", row_length=17, columns=("labels", "position_ids"))],
-            Data(sequence_length=16),
-            "a.parquet comes with labels, position_ids, which training does not use yet",
-        ),
         ([Shard("a.ds", 16, 2)], Data(sequence_length=16), "a.ds has 16 tokens, fewer than one sequence of 16 . 1"),
         (
             [Shard("a.ds", 340, 2, tokenizer="x"), Shard("b.ds", 340, 2, tokenizer="y")],

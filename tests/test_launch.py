@@ -108,7 +108,7 @@ def test_the_model_opens_anywhere_and_gives_the_loss_that_was_measured(reference
     with torch.no_grad():
         batch = next(iter(Batches(directory, spec, 0, 1)))
         loss = float(token_losses(model, batch)) / spec.target_tokens_per_step
-        inputs, labels = batch[:, :-1].reshape(-1, 32), batch[:, 1:].reshape(-1, 32)
+        inputs, labels = batch.tokens[:, :-1].reshape(-1, 32), batch.tokens[:, 1:].reshape(-1, 32)
         logits = model(inputs).logits
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())))
     assert loss < result.metrics["loss"][0]

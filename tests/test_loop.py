@@ -16,11 +16,9 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.train import loop, models
+from sparktrain.train.batch import Batch
 from sparktrain.train.evaluate import token_losses
-from sparktrain.train.requests import Requests
-from sparktrain.train.strategies import STRATEGIES
-from sparktrain.train.world import World
-from tests.conftest import tiny_argv
+from tests.conftest import take_steps, tiny_argv
 
 
 @pytest.fixture
@@ -31,13 +29,7 @@ def trained(on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path) -> C
     directory.plan.mkdir()
 
     def rank(rank: int, size: int, config: RunConfig, spec: PlanSpec) -> tuple[list[StepRecord], str]:
-        world = World(rank, size, torch.device("cpu"), "host")
-        model = models.build(config, world)
-        kind = STRATEGIES[config.strategy.kind]
-        strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, config.train.steps)
-        requests = Requests(directory, world, strategy.local)
-        records = list(loop._steps(loop.Training(directory, config, spec, world, model, strategy, requests)))
-        strategy.sync()
+        records, model, _ = take_steps(directory, config, spec, rank, size)
         return records, models.digest(model)
 
     def run(world: int, *flags: str) -> list[Any]:
@@ -80,14 +72,14 @@ def test_fp32_accumulation_loses_nothing_of_bf16_gradients(data: Path, tmp_path:
     exact = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     for one in batch.split(1):
         model.zero_grad()
-        (token_losses(model, one) / 2048).backward()
+        (token_losses(model, Batch(one)) / 2048).backward()
         for total, parameter in zip(exact, parameters, strict=True):
             assert parameter.grad is not None
             total += parameter.grad
 
     def error(accumulate_fp32: bool) -> float:
         settings = Train(total_batch=64, micro_batch=1, accumulate_fp32=accumulate_fp32)
-        loop._accumulate_gradients(model, batch, 1 / 2048, settings)
+        loop._accumulate_gradients(model, Batch(batch), 1 / 2048, settings)
         pairs = zip(exact, parameters, strict=True)
         return sum(float((p.grad.double() - e).square().sum()) for e, p in pairs if p.grad is not None) ** 0.5
 

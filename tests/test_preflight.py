@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sparktrain import cli
-from sparktrain.config import RunConfig
-from sparktrain.errors import ConfigError, LaunchError
+from sparktrain.config import Data, RunConfig
+from sparktrain.errors import ConfigError, DataError, LaunchError
 from sparktrain.spark import preflight
 from tests.conftest import tiny_argv
 
@@ -81,3 +81,16 @@ def test_executors_that_differ_are_named() -> None:
         preflight._check_versions([report, other | {"packages": packages | {"torch": "missing"}}])
     with pytest.raises(LaunchError, match="executor b has sparktrain 9, the driver"):
         preflight._check_versions([report, other | {"packages": packages | {"sparktrain": "9"}}])
+
+
+def test_places_are_resolved_and_mirrors_must_be_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = "https://a.org/d/train"
+    found = preflight._absolute(Data(path=("d", uri), cache_dir=Path("c")))
+    assert found == {"path": [str(tmp_path / "d"), uri], "cache_dir": str(tmp_path / "c")}
+    mirrors = ("https://a.org/d", "https://b.org/d")
+    assert preflight._absolute(Data(path=(uri,), mirrors=mirrors))["mirrors"] == list(mirrors)
+    with pytest.raises(ConfigError, match="no mirrors for data.path https://a.org/d2: give two roots or more"):
+        preflight._absolute(Data(path=("https://a.org/d2",), mirrors=mirrors))
+    with pytest.raises(DataError, match="gopher://h/d has the scheme gopher://, which is unknown"):
+        preflight._absolute(Data(path=("gopher://h/d",)))

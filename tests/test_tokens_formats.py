@@ -152,7 +152,7 @@ def test_documents_and_targets_of_a_datatrove_shard(tmp_path: Path) -> None:
     assert batch.tokens.tolist() == [IDS[6:11], IDS[:5]]
     assert batch.labels.tolist() == [[2, IGNORED, 5, 3, 5], [IGNORED, IGNORED, 4, 1, 5]]  # type: ignore[union-attr]
     assert [lengths.tolist() for lengths in batch.sequence_lengths] == [[3, 2], [4, 1]]  # type: ignore[union-attr]
-    assert batch.num_targets == 3 + 3
+    assert batch.num_targets == 2 + 2  # not the first tokens of documents either
     Path(f"{path}.loss").write_bytes(bytes([0, 7] + [1] * 10))
     with pytest.raises(DataError, match=r"a.ds.loss has 7 at byte 1, expected 0 or 1"):
         file.window(0, 4)

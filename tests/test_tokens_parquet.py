@@ -53,8 +53,9 @@ def test_any_rows_are_read_back_in_row_major_order(tmp_path: Path, name: str, ki
 
 def test_psyches_preprocessed_rows_come_with_labels_positions_and_packed_documents(tmp_path: Path) -> None:
     labels = np.where(IDS % 3 == 0, IGNORED, IDS)
-    positions = np.tile([0, 1, 2, 3, 0, 1], (ROWS, 1))
     packed = [[4, 2], [6], [1, 2], []] * 6
+    cycle = [[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+    positions = np.array(cycle * 6)[:ROWS]
     columns = {"inputs": IDS, "labels": labels, "position_ids": positions, "sequence_lengths": packed[:ROWS]}
     path = write(tmp_path / "a.parquet", columns, {"sequence_lengths": pa.list_(pa.int32())})
     shard = tokens.inspect(str(path))
@@ -69,7 +70,8 @@ def test_psyches_preprocessed_rows_come_with_labels_positions_and_packed_documen
     assert batch.position_ids.tolist() == positions[rows].tolist()
     assert batch.sequence_lengths is not None
     assert [found.tolist() for found in batch.sequence_lengths] == [[6], [1, 2, 3], [1, 2, 3], [6], [4, 2]]
-    assert batch.num_targets == int((labels[rows][:, 1:] != IGNORED).sum()) < batch.tokens[:, 1:].size
+    # Neither what labels leave out nor what is first in a document is a target.
+    assert batch.num_targets == int(((labels != IGNORED) & (positions > 0))[rows].sum()) < batch.tokens[:, 1:].size
 
 
 def test_windows_without_labels_beside_some_with_them_predict_every_token(tmp_path: Path) -> None:

@@ -64,11 +64,6 @@ def check_shards(shards: Sequence[tuple[Shard, int]], data: Data, vocab_size: in
     tokens.check_alike([shard for shard, _ in shards])
     length = window_length(data.window, data.sequence_length)
     for shard, max_token in shards:
-        if shard.columns:
-            raise DataError(
-                f"shard {shard.path} comes with {', '.join(shard.columns)}, which training does not use yet: "
-                "write it without, if its every token is to be predicted"
-            )
         if shard.row_length not in (0, length):
             fitting = data.sequence_length + shard.row_length - length
             raise DataError(

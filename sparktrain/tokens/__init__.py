@@ -131,8 +131,9 @@ class TokenFile:
         raw_ = self._source.read(self.shard.offset + start * size, length * size)
         return np.frombuffer(raw_, dtype=f"<{'i' if self.shard.signed else 'u'}{size}").astype(np.int64)
 
-    def window(self, start: int, length: int) -> Window:
-        """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents."""
+    def window(self, start: int, length: int, documents: bool = True) -> Window:
+        """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents; those
+        of a stream, which nobody packed, only with ``documents``."""
         if self._rows:
             self._check_rows(start, length)
             return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length)
@@ -143,7 +144,7 @@ class TokenFile:
                 at = start + int(np.argmax(mask > 1))
                 raise DataError(f"{self._mask.uri} has {mask.max()} at byte {at}, expected 0 or 1: write it again")
             labels = np.where(mask == 1, tokens, IGNORED)
-        lengths = pieces(self.document_ends(), start, length) if self.shard.num_documents else None
+        lengths = pieces(self.document_ends(), start, length) if documents and self.shard.num_documents else None
         return Window(tokens, labels, None, lengths)
 
     def document_ends(self) -> Ints:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from sparktrain.errors import DataError
 from sparktrain.tokens.kept import Kept
-from sparktrain.tokens.sequences import IGNORED, Ints, Window
+from sparktrain.tokens.sequences import IGNORED, Ints, Window, restarts
 from sparktrain.tokens.shard import Shard
 from sparktrain.tokens.source import Opener, Source
 
@@ -147,7 +147,21 @@ class Rows:
                     f"{where} the value {wrong_ones[0]}, expected {least} or more{or_ignored}: write it again"
                 )
             group[name] = (values, offsets)
+        if {"position_ids", "sequence_lengths"} <= group.keys():
+            self._compare(group["position_ids"][0], group["sequence_lengths"][0], i)
         return group
+
+    def _compare(self, positions: npt.NDArray[Any], lengths: npt.NDArray[Any], i: int) -> None:
+        """Models tell documents by their positions: these must start again where the lengths say."""
+        found = restarts(positions.astype(np.int64).reshape(-1, self._shard.row_length)).flatten()
+        expected = np.zeros(len(found), dtype=np.bool_)
+        expected[np.cumsum(lengths) - lengths] = True
+        if (wrong := np.flatnonzero(found != expected)).size:
+            row, at = divmod(int(wrong[0]), self._shard.row_length)
+            raise DataError(
+                f"shard {self._shard.path} has in row group {i} a row {row} whose position_ids and sequence_lengths "
+                f"differ on whether a document begins at token {at}: write it again"
+            )
 
     def _complete(self, values: npt.NDArray[Any], offsets: Ints, where: str) -> tuple[npt.NDArray[Any], Ints]:
         """``sequence_lengths`` that sum to the row's length: what follows the last document is one of its own."""

@@ -47,9 +47,41 @@ class Sequences:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted: all but the first of each window and the ignored."""
+        """Tokens that are predicted: see :meth:`targets`."""
         n, length = self.tokens.shape
-        return n * (length - 1) if self.labels is None else int((self.labels[:, 1:] != IGNORED).sum())
+        found = self.targets()
+        return n * (length - 1) if found is None else int((found[:, 1:] != IGNORED).sum())
+
+    def targets(self) -> Ints | None:
+        """``[n, L]``: the token at its own place where it is predicted, else ``IGNORED``; None: all but the first of
+        each window. The first token of a packed document is predicted by nothing of its own."""
+        starts = self._starts()
+        if starts is None:
+            return self.labels
+        return np.where(starts, IGNORED, self.tokens if self.labels is None else self.labels)
+
+    def positions(self) -> Ints | None:
+        """``[n, L]``: where each token is in its document; None: where it is in its window."""
+        starts = self._starts()
+        if starts is None or self.position_ids is not None:
+            return self.position_ids
+        at = np.broadcast_to(np.arange(self.tokens.shape[1]), self.tokens.shape)
+        return np.asarray(at - np.maximum.accumulate(np.where(starts, at, 0), axis=1))
+
+    def _starts(self) -> npt.NDArray[np.bool_] | None:
+        """``[n, L]``: whether a document begins; None: where windows do."""
+        if self.sequence_lengths is not None:
+            starts = np.zeros(self.tokens.shape, dtype=np.bool_)
+            for row, lengths in zip(starts, self.sequence_lengths, strict=True):
+                row[0] = True
+                row[np.cumsum(lengths)[:-1]] = True
+            return starts
+        return None if self.position_ids is None else restarts(self.position_ids)
+
+
+def restarts(position_ids: Ints) -> npt.NDArray[np.bool_]:
+    """``[n, L]``: whether a document begins there, as models tell it: a position that is not the next one."""
+    return np.asarray(np.diff(position_ids, axis=1, prepend=position_ids[:, :1]) != 1)
 
 
 def stack(windows: Sequence[Window]) -> Sequences:

@@ -3,25 +3,34 @@
 Shapes: B_ = sequences of this rank in a step, L = tokens of a window (S+1 by the default rule).
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import islice
 
 import pyarrow.dataset as pads
-import torch
 
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, rows, slots_of
 from sparktrain.rundir import RunDir
-from sparktrain.tokens import TokenFile, read_windows
+from sparktrain.tokens import TokenFile
+from sparktrain.tokens.ahead import read_ahead
+from sparktrain.tokens.opened import Opened
+from sparktrain.tokens.sequences import Window, stack
 from sparktrain.tokens.source import Opener
-from sparktrain.tokens.sources import open_if_there
+from sparktrain.tokens.sources import is_local, open_if_there
+from sparktrain.train.batch import Batch
 
 # Steps whose rows are taken from the plan's Parquet files at a time: one read of a row group's statistics each.
 _PLAN_WINDOW = 512
+# Batches that are read ahead of the one that is trained on, at least.
+_AHEAD = 2
+# Ranges of servers and stores that are read at a time.
+_CONNECTIONS = 16
+_OPEN_FILES = 64
 
 
 class Batches:
-    """Iterates ``[B_, L]`` int64 token tensors, one per step, of rank ``rank`` of ``world``.
+    """Iterates ``[B_, L]`` batches, one per step, of rank ``rank`` of ``world``.
 
     Rows come from the plan on disk. Those of the first step are recomputed and compared: a plan of another run, or
     one edited by hand, is a :class:`DataError` before a token is trained on.
@@ -39,20 +48,24 @@ class Batches:
         self._plan = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
         self._slots = slots_of(rank, world, spec.total_batch)
-        self._files = {shard.path: shard for shard in spec.shards}
-        self._open: dict[str, TokenFile] = {}
-        self._opener = opener
+        shards = {shard.path: shard for shard in spec.shards}
+        self._remote = not all(map(is_local, shards))
+        self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            ahead = None
-            for rows_of_step in self._steps():
-                following = reader.submit(self._read, rows_of_step)
-                if ahead is not None:
-                    yield ahead.result()
-                ahead = following
-            if ahead is not None:
-                yield ahead.result()
+    def __iter__(self) -> Iterator[Batch]:
+        with closing(self._files), closing(self._by_range() if self._remote else self._by_batch()) as batches:
+            yield from batches
+
+    def _by_batch(self) -> Generator[Batch, None, None]:
+        yield from read_ahead(self._steps(), self._batch, 1, _AHEAD)
+
+    def _by_range(self) -> Generator[Batch, None, None]:
+        """Window by window, many at a time: a server's answers take long, but it gives them side by side."""
+        share = self._slots[1] - self._slots[0]
+        wanted = (row for rows_of_step in self._steps() for row in rows_of_step)
+        with closing(read_ahead(wanted, self._window, _CONNECTIONS, max(_CONNECTIONS, _AHEAD * share))) as windows:
+            while batch := list(islice(windows, share)):
+                yield Batch.of(stack(batch))
 
     def _steps(self) -> Iterator[list[Assignment]]:
         first_slot, last_slot = self._slots
@@ -82,11 +95,12 @@ class Batches:
             if row != expected:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
 
-    def _read(self, assignments: list[Assignment]) -> torch.Tensor:
-        windows = [(self._token_file(a.path), a.start) for a in assignments]
-        return torch.from_numpy(read_windows(windows, self._spec.window_length))
+    def _batch(self, assignments: list[Assignment]) -> Batch:
+        # In the order of the files, in which a row group is decoded once for all rows in it.
+        order = sorted(range(len(assignments)), key=lambda i: (assignments[i].path, assignments[i].start))
+        found = {i: self._window(assignments[i]) for i in order}
+        return Batch.of(stack([found[i] for i in range(len(assignments))]))
 
-    def _token_file(self, path: str) -> TokenFile:
-        if path not in self._open:
-            self._open[path] = TokenFile(self._files[path], self._opener)
-        return self._open[path]
+    def _window(self, assignment: Assignment) -> Window:
+        with self._files.use(assignment.path) as file:
+            return file.window(assignment.start, assignment.length, documents=False)

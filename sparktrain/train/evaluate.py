@@ -11,17 +11,23 @@ from transformers import PreTrainedModel
 
 from sparktrain import tokens
 from sparktrain.config import RunConfig
+from sparktrain.errors import DataError
 from sparktrain.plan import slots_of, spread_windows, window_length
+from sparktrain.tokens.sequences import IGNORED, stack
 from sparktrain.tokens.sources.reach import opener
+from sparktrain.train.batch import Batch, logits
 from sparktrain.train.world import World
 
 
-def token_losses(model: PreTrainedModel, tokens_MS: torch.Tensor, autocast: str = "none") -> torch.Tensor:
-    """Sum of the cross-entropy in nats over all tokens of ``tokens_MS`` but each row's first, a float32 scalar."""
-    low_precision = torch.autocast(tokens_MS.device.type, dtype=torch.bfloat16)
+def token_losses(model: PreTrainedModel, batch: Batch, autocast: str = "none") -> torch.Tensor:
+    """Sum of the cross-entropy in nats over the targets of ``batch``, a float32 scalar."""
+    tokens_ML, positions_ML = batch.tokens, batch.position_ids
+    labels_ML = tokens_ML if batch.labels is None else batch.labels
+    low_precision = torch.autocast(tokens_ML.device.type, dtype=torch.bfloat16)
     with low_precision if autocast == "bfloat16" else contextlib.nullcontext():
-        logits_MSV = model(input_ids=tokens_MS[:, :-1]).logits
-    return F.cross_entropy(logits_MSV.float().flatten(0, 1), tokens_MS[:, 1:].flatten(), reduction="sum")
+        logits_MSV = logits(model, tokens_ML[:, :-1], None if positions_ML is None else positions_ML[:, :-1])
+    targets = labels_ML[:, 1:].flatten()
+    return F.cross_entropy(logits_MSV.float().flatten(0, 1), targets, reduction="sum", ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -39,12 +45,16 @@ def heldout_loss(model: PreTrainedModel, config: RunConfig, world: World) -> flo
     files = {shard.path: tokens.TokenFile(shard, open_) for shard, _ in windows[first:last]}
     mine = [(files[shard.path], start) for shard, start in windows[first:last]]
     model.eval()  # type: ignore[no-untyped-call]
-    total = 0.0
+    total, targets = 0.0, 0
     for i in range(0, len(mine), config.train.micro_batch):
-        batch = tokens.read_windows(mine[i : i + config.train.micro_batch], length)
-        total += float(token_losses(model, torch.from_numpy(batch).to(world.device), config.train.autocast))
+        part = mine[i : i + config.train.micro_batch]
+        batch = Batch.of(stack([file.window(start, length, documents=False) for file, start in part]))
+        total += float(token_losses(model, batch.to(world.device), config.train.autocast))
+        targets += batch.num_targets
     model.train()
     for file in files.values():
         file.close()
-    loss_sum, count = world.sum(total, len(mine) * (length - 1))
+    loss_sum, count = world.sum(total, targets)
+    if not count:
+        raise DataError("data.heldout has no target in its sequences, labels leave all tokens out: use other data")
     return loss_sum / count

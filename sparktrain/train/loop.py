@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from sparktrain import failpoints
 from sparktrain.config import RunConfig, Train
-from sparktrain.errors import ConfigError, Stopped
+from sparktrain.errors import ConfigError, DataError, Stopped
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import checkpoint, models
+from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.requests import Requests
@@ -56,6 +57,8 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
     model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
+    if spec.packed:
+        check_separates(model)
     kind = STRATEGIES[config.strategy.kind]
     strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
     _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}")
@@ -125,19 +128,18 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, opener=shards))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
-        tokens_BS = next(batches)
+        batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
-        tokens = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
         # What a strategy makes of gradients scaled so is in its contract.
-        scale = 1 / tokens if strategy.local else world.size / spec.target_tokens_per_step
-        loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
+        scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / _targets(batch, step, spec, world)
+        loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
-        strategy.step(lr, tokens)
+        strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
@@ -145,7 +147,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         yield StepRecord(
             step=step,
             loss_sum=loss_sum,
-            tokens=tokens,
+            tokens=batch.num_targets,
             lr=lr,
             grad_norm=norm,
             seconds=ended - began,
@@ -158,14 +160,25 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         )
 
 
-def _accumulate_gradients(model: PreTrainedModel, tokens_BS: torch.Tensor, scale: float, settings: Train) -> float:
+def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
+    """Targets of the global batch. Known from the plan where every token is one, which all ranks see alike; else the
+    ranks' counts are added up."""
+    if not spec.leaves_targets_out:
+        return spec.target_tokens_per_step
+    targets = int(world.sum(batch.num_targets)[0])
+    if not targets:
+        raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
+    return targets
+
+
+def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, settings: Train) -> float:
     """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=tokens_BS.device)
+    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
-    for tokens_MS in torch.split(tokens_BS, settings.micro_batch):
-        loss = token_losses(model, tokens_MS, settings.autocast)
+    for part in batch.split(settings.micro_batch):
+        loss = token_losses(model, part, settings.autocast)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         for sum_so_far, parameter in zip(exact, parameters, strict=False):
