@@ -11,12 +11,11 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import CliApp, SettingsError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from sparktrain.errors import ConfigError, SparktrainError
 
@@ -31,25 +30,23 @@ def parse(model: type[Config], argv: Sequence[str]) -> Config:
     file = argv[0] if argv and not argv[0].startswith("-") else None
     flags = [_kebab(word) for word in (argv[1:] if file else argv)]
     values = _read_toml(Path(file), model) if file else {}
-    # pydantic-settings demands on the command line whatever has no default, even where the file gives it.
-    given = {name: copy(field) for name, field in model.model_fields.items() if name in values and field.is_required()}
-    for name, field in given.items():
-        field.default = values[name]
     settings = type(
         model.__name__,
-        (model,),
+        (BaseSettings, model),
         {
-            "model_config": {
-                "cli_exit_on_error": False,
-                "cli_implicit_flags": True,
-                "cli_prog_name": f"{Path(sys.argv[0]).name} [CONFIG.toml]",
-                "cli_avoid_json": True,
-                "cli_kebab_case": True,
-            },
+            "model_config": SettingsConfigDict(
+                case_sensitive=True,
+                nested_model_default_partial_update=True,
+                cli_avoid_json=True,
+                cli_exit_on_error=False,
+                cli_hide_none_type=True,
+                cli_implicit_flags=True,
+                cli_kebab_case=True,
+                cli_prog_name=f"{Path(sys.argv[0]).name} [CONFIG.toml]",
+            ),
+            "settings_customise_sources": classmethod(_file_only),
             "__doc__": model.__doc__,
             "__module__": model.__module__,
-            "__annotations__": {name: field.annotation for name, field in given.items()},
-            **given,
         },
     )
     try:
@@ -82,16 +79,22 @@ def main(job: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     sys.exit(code)
 
 
+def _file_only(cls: Any, /, settings_cls: Any, init_settings: Any, **others: Any) -> tuple[Any, ...]:
+    """Besides the command line: a variable of the environment that happens to be called ``data`` is no setting."""
+    return (init_settings,)
+
+
 def _read_toml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
     """The file's values, checked strictly: a quoted number is a mistake in a file, though not on a command line."""
     if not file.is_file():
-        raise ConfigError(
-            f"config file {file} does not exist: give the path of a TOML file, such as conf/quickstart.toml"
-        )
+        what = "is a directory" if file.is_dir() else "does not exist"
+        raise ConfigError(f"config file {file} {what}: give the path of a TOML file, such as conf/quickstart.toml")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{file} is nested too deeply: expected sections of settings") from None
     try:
         model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
@@ -134,6 +137,10 @@ def _unrecognized(message: str, model: type[BaseModel]) -> str:
     if not flag:
         return f"command line: {message.removeprefix('error parsing CLI: ')}; see --help"
     name = flag.group(1).split("=")[0].lstrip("-").replace("-", "_")
+    if name.lower() in ("true", "false"):
+        return "command line: a switch takes no value: write --section.key for true and --no-section.key for false"
+    if name.endswith(".toml"):
+        return f"command line: the config file {name} must come first"
     return f"command line: unknown option --{name}{_did_you_mean(name, _keys(model), '--')}"
 
 

@@ -17,17 +17,29 @@ from sparktrain.sections import Optimizer as Optimizer
 from sparktrain.sections import Section as Section
 from sparktrain.sections import Sparseloco as Sparseloco
 from sparktrain.sections import Strategy as Strategy
+from sparktrain.sections import WholeNumber
 
 
 def _several(value: Any) -> Any:
     return (str(value),) if isinstance(value, str | Path) else tuple(value) if isinstance(value, list) else value
 
 
+def _or_none(value: Any) -> Any:
+    """What ``none`` and nothing mean on a command line."""
+    return None if value in ("", "none", "None", ("",), ["none"], [None], (None,), ["None"]) else value
+
+
+def _directory(value: Any) -> Any:
+    if isinstance(value, str) and (not value or "://" in value):
+        raise ValueError(f"run.dir is {value!r}: expected a directory that driver and executors share")
+    return value
+
+
 Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
 
 
 class Run(Section):
-    dir: Path = Path("runs/default")
+    dir: Annotated[Path, BeforeValidator(_directory)] = Path("runs/default")
     """Run directory: everything a run leaves. Every executor must be able to write it."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds the order of the data and the initial weights."""
@@ -39,7 +51,7 @@ class Data(Section):
     path: Places = ("data/train",)
     """Directory, file or URI (https://, hf://datasets/, s3://, ...; x-{00..12}.ds is 13 files), or several, with the
     token shards (*.ds, *.bin, *.npy, *.parquet) to train on. Every executor must be able to read it."""
-    heldout: Places | None = None
+    heldout: Annotated[Places | None, BeforeValidator(_or_none)] = None
     """The same with shards to measure the held-out loss on, before and after training."""
     mirrors: tuple[str, ...] = ()
     """Roots that hold the same files, such as https://a.org/data and https://b.org/data: what is under one of them is
@@ -56,7 +68,7 @@ class Data(Section):
     window: Literal["overlap1", "psyche"] = "overlap1"
     """overlap1: S+1 tokens are read and S predicted, so that no boundary token is lost; psyche: S tokens are read and
     S-1 predicted, as Psyche cuts the same file."""
-    token_size: Literal[2, 4] | None = None
+    token_size: Annotated[Literal[2, 4] | None, WholeNumber] = None
     """Bytes per token of files that do not say it (raw .bin and .npy, .ds without .metadata); none: 2."""
 
 
@@ -92,7 +104,7 @@ class Train(Section):
     """Run the forward pass in this type while parameters keep theirs."""
     accumulate_fp32: bool = False
     """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Clip the gradient to this global norm; 0 leaves it as it is."""
 
     @model_validator(mode="after")

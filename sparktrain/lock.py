@@ -53,9 +53,10 @@ def _read_lock(file: Path) -> dict[str, Any] | None:
     """Who holds a lock; None where that cannot be read (yet, or any more)."""
     try:
         holder = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
-    return holder if isinstance(holder, dict) and {"host", "pid", "since"} <= holder.keys() else None
+    known = isinstance(holder, dict) and {"host", "pid", "since"} <= holder.keys()
+    return holder if known and isinstance(holder["pid"], int) and 0 < holder["pid"] < 2**31 else None
 
 
 def _bury(file: Path, holder: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def load_outcome(data: bytes, name: str) -> Outcome:
     try:
         outcome = _OutcomeUnpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise LaunchError(f"output file {name} was refused: {error}; nothing of it was run") from None
+        raise LaunchError(f"output file {name} was refused: {error}; nothing of it was run: remove it") from None
     if not isinstance(outcome, RankResult | RankFailure):
         raise LaunchError(f"output file {name} was refused: it holds a {type(outcome).__name__}, not a rank's result")
     return outcome
@@ -142,6 +142,8 @@ class RunResult:
             raise LaunchError(
                 f"no output file from rank {missing[0]} of {world}: the run did not finish; start it again"
             )
+        if len(ranks) > world or any(r.world != world for r in ranks):
+            raise LaunchError(f"{len(ranks)} output files of {world} ranks: remove those that are not of this run")
         odd = [r for r in ranks if r.digest != ranks[0].digest]
         if odd:
             names = ", ".join(f"rank {r.rank} on {r.host} ({r.digest[:12]})" for r in odd)

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
-from sparktrain.errors import ConfigError
+from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
 from sparktrain.results import (
@@ -67,10 +67,14 @@ class RunDir:
         if not (self.path / "run.json").exists():
             self._check_free()
             return
-        known = _read_json(self.path / "run.json")
-        if known.get("format") != FORMAT:
+        try:
+            known = _read_json(self.path / "run.json")
+            known["format"], known["identity"], known["run_id"]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"run.dir {self.path} has a run.json that is none: choose another run.dir") from None
+        if known["format"] != FORMAT:
             raise ConfigError(
-                f"run.dir {self.path} has format {known.get('format')}, this sparktrain writes {FORMAT}: "
+                f"run.dir {self.path} has format {known['format']}, this sparktrain writes {FORMAT}: "
                 "choose another run.dir"
             )
         changed = _differences(known["identity"], config.identity())
@@ -94,8 +98,13 @@ class RunDir:
     def _check_free(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run.dir {self.path} is a file: choose another run.dir")
-        if self.path.is_dir() and any(p.name != "LOCK" for p in self.path.iterdir()):
+        found = list(self.path.iterdir()) if self.path.is_dir() else []
+        # What a start that was killed before it wrote run.json may leave.
+        ours = [p for p in found if p.name.startswith(".probe-") or (p.name.startswith(".") and p.suffix == ".tmp")]
+        if any(p.name != "LOCK" and p not in ours for p in found):
             raise ConfigError(f"run.dir {self.path} is not empty and holds no sparktrain run: choose another run.dir")
+        for leftover in ours:
+            leftover.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -155,7 +164,11 @@ class RunDir:
     def outcomes(self, generation: int) -> list[Outcome]:
         """Every output file of an attempt, by rank."""
         files = sorted(self.generation(generation).glob("rank-*.pickle"))
-        return [load_outcome(file.read_bytes(), str(file)) for file in files]
+        found = [load_outcome(file.read_bytes(), str(file)) for file in files]
+        for file, outcome in zip(files, found, strict=True):
+            if file.name != f"rank-{outcome.rank:05d}.pickle":
+                raise LaunchError(f"output file {file} is that of rank {outcome.rank}: remove it")
+        return found
 
     def exits(self, generation: int) -> list[dict[str, Any]]:
         """How the processes of an attempt ended, as their Spark tasks saw it (``task.py``)."""
@@ -167,7 +180,7 @@ class RunDir:
 
     def finished(self) -> RunResult | None:
         """The result of the attempt that finished, if one did."""
-        if not (self.path / "result.json").exists():
+        if not ((self.path / "result.json").exists() and (self.model / "config.json").exists()):
             return None
         for number in range(self.latest_generation(), 0, -1):
             outcomes = self.outcomes(number)
@@ -196,8 +209,11 @@ class RunDir:
 
     def plan_spec(self) -> PlanSpec | None:
         """What the plan on disk is a function of; None where no plan was completed."""
-        file = self.path / "plan.json"
-        return PlanSpec.from_json(_read_json(file)) if file.exists() else None
+        try:
+            spec = PlanSpec.from_json(_read_json(self.path / "plan.json"))
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+        return spec if any(self.plan.glob("*.parquet")) else None
 
     def write_outcome(self, generation: int, outcome: RankResult | RankFailure) -> None:
         _write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))

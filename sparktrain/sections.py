@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+# A number that a command line gives is text, which a Literal of numbers does not take.
+WholeNumber = BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdigit() else value)
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -134,7 +137,7 @@ class Sparseloco(Section):
     """A chunk is so many times so many weights."""
     error_decay: float = Field(0.95, ge=0, le=1)
     """Decay, per round, of progress that was not sent yet."""
-    quantize_bits: Literal[2, 8] = 2
+    quantize_bits: Annotated[Literal[2, 8], WholeNumber] = 2
     """Bits of a value."""
 
     @model_validator(mode="after")

@@ -90,3 +90,8 @@ if __name__ == "__main__":
     except SparktrainError as known:
         print(f"error: {known}", file=sys.stderr)
         sys.exit(known.exit_code)
+    except Exception as unknown:
+        if sys.argv[1] != "--describe":
+            raise
+        print(f"error: {type(unknown).__name__}: {str(unknown).partition(chr(10))[0]}", file=sys.stderr)
+        sys.exit(1)

@@ -45,6 +45,19 @@ def test_settings_are_frozen_and_survive_their_file() -> None:
         config.train.steps = 3  # type: ignore[misc]
 
 
+def test_every_kind_of_value_can_be_said_on_the_command_line() -> None:
+    argv = ["--data.token-size", "4", "--data.path", "a,b", "--data.heldout", "none", "--optimizer.betas", "0.8,0.9"]
+    config = cli.parse(RunConfig, [*argv, "--strategy.kind", "sparseloco", "--strategy.quantize-bits", "8"])
+    assert (config.data.token_size, config.data.path, config.data.heldout) == (4, ("a", "b"), None)
+    assert (config.optimizer.betas, config.strategy.model_dump()["quantize_bits"]) == ((0.8, 0.9), 8)
+
+
+def test_the_environment_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("data", "DATA", "run", "train"):
+        monkeypatch.setenv(name, '{"path": "/elsewhere", "steps": 3}')
+    assert cli.parse(RunConfig, []) == RunConfig()
+
+
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.parse(RunConfig, ["--help"])
@@ -70,6 +83,10 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("[strategy]\nkind = 'distro'\ncompression_topq = 3\n", [], "unknown key strategy.compression_topq: did you"),
         ("[train]\ntotal_batch = 10\nmicro_batch = 4\n", [], "set train.total_batch to 8 or 12"),
         ("[train]\ntotal_batch = 4\nmicro_batch = 8\n", [], "train.micro_batch is 8, more than train.total_batch 4"),
+        ("", ["--run.dir", "s3://b/x"], "run.dir is 's3://b/x': expected a directory that driver and executors share"),
+        ("", ["--train.max-grad-norm", "inf"], "train.max_grad_norm: input should be a finite number"),
+        ("", ["--strategy.kind", "distro", "--strategy.overlap", "true"], "a switch takes no value"),
+        ("a = " + "[" * 5000, [], "nested too deeply|is not valid TOML"),
         ("", ["--train.stepz", "3"], "unknown option --train.stepz: did you mean --train.steps?"),
         ("", ["--train.steps", "1.5"], "train.steps: input should be a valid integer.*found '1.5'"),
         ("", ["--train.steps"], "command line: .*steps"),

@@ -74,3 +74,24 @@ def test_a_sequence_longer_than_the_models_positions_is_refused(data: Path, tmp_
     config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run", "--data.sequence-length", "129"))
     with pytest.raises(ConfigError, match="data.sequence_length is 129, more than the model's 128 positions"):
         models.model_config(config)
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(
+    on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path
+) -> None:
+    def build(rank: int, size: int) -> str:
+        sizes = '{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}'
+        argv = [*tiny_argv(data, tmp_path / "run"), "--model.architecture", "bert", "--model.sizes", sizes]
+        with pytest.raises(ConfigError) as caught:
+            models.build(cli.parse(RunConfig, argv), world_of(rank, size))
+        return str(caught.value)
+
+    assert on_ranks(1, build)[0].startswith("model bert looks at the tokens it is to predict")
+
+
+def test_sizes_that_are_not_those_of_the_model_to_start_from_are_refused(data: Path, tmp_path: Path) -> None:
+    models.model_config(cli.parse(RunConfig, tiny_argv(data, tmp_path))).save_pretrained(tmp_path / "model")
+    argv = tiny_argv(data, tmp_path / "run", "--model.from-pretrained", str(tmp_path / "model"))
+    assert models.model_config(cli.parse(RunConfig, argv)).num_hidden_layers == 2
+    with pytest.raises(ConfigError, match=r"model\.sizes\.num_hidden_layers is 3, but .* has 2: remove it"):
+        models.model_config(cli.parse(RunConfig, [*argv, "--model.sizes", '{"num_hidden_layers": 3}']))

@@ -111,3 +111,23 @@ def test_attempts_started_at_once_get_different_numbers(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no run directory"):
         RunDir(tmp_path).config()
+
+
+def test_what_a_start_that_was_killed_leaves_is_no_other_run(tmp_path: Path) -> None:
+    for name in (".probe-0", ".run.json.0123.tmp", ".LOCK.4567.tmp"):
+        (tmp_path / name).touch()
+    directory = RunDir(tmp_path)
+    with directory.lock():
+        directory.check(RunConfig())
+        directory.claim(RunConfig())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', "nonsense", '{"pid": "x", "host": "h", "since": 0}'])
+def test_files_that_are_none_are_told_in_one_line(tmp_path: Path, text: str) -> None:
+    directory = RunDir(tmp_path)
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.dir .* has a run\.json that is none"):
+        directory.check(RunConfig())
+    assert directory.plan_spec() is None

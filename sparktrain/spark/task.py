@@ -145,11 +145,12 @@ def _import_path(driver_path: tuple[str, ...]) -> list[str]:
 def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]:
     """Hand on each line until the ranks close their output; returns the last lines. A lost log connection costs the
     lines, never the run: stock TorchDistributor aborts the stage when its log server goes away."""
-    tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+    tails: dict[str, collections.deque[str]] = {}  # one each: a rank's traceback must not push out another's last words
     assert child.stdout is not None
     for raw in child.stdout:
         line = prefix + raw.decode(errors="replace").rstrip()
-        tail.append(line)
+        source = line.partition("]")[0] if line.startswith("[rank ") else ""
+        tails.setdefault(source, collections.deque(maxlen=_TAIL_LINES)).append(line)
         if not line.startswith("[rank "):
             continue  # torchrun's own words: kept for the post-mortem, noise otherwise
         with suppress(Exception):
@@ -157,7 +158,7 @@ def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]
                 print(line, file=sys.stderr, flush=True)
             else:
                 client.send(line)
-    return list(tail)
+    return [line for tail in tails.values() for line in tail]
 
 
 def _stop(child: subprocess.Popen[bytes], grace: float) -> None:

@@ -27,12 +27,13 @@ def describe(config: RunConfig) -> dict[str, Any]:
         raise ModelError(f"the model is no causal language model: {str(error).splitlines()[0]}") from None
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
     sections = {section().kind: section() for section in get_args(Strategy)} | {config.strategy.kind: config.strategy}
-    world = config.launch.ranks
+    world, element = config.launch.ranks, getattr(torch, config.model.dtype).itemsize
     return {
         "num_parameters": sum(shape.numel() for shape in shapes),
         "vocab_size": hf_config.vocab_size,
         "max_positions": getattr(hf_config, "max_position_embeddings", None),
         "traffic": {
-            name: vars(kind.traffic_per_step(shapes, sections[name], world)) for name, kind in STRATEGIES.items()
+            name: vars(kind.traffic_per_step(shapes, sections[name], world, element))
+            for name, kind in STRATEGIES.items()
         },
     }

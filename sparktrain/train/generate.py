@@ -23,7 +23,7 @@ class Generate(Section):
     """Text to go on from."""
     max_new_tokens: int = Field(128, ge=1)
     """Tokens to add, as far as the model's positions reach."""
-    temperature: float = Field(0.8, ge=0)
+    temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
     """Sampling temperature; 0: always the likeliest token."""
     top_k: int = Field(50, ge=1)
     """Sample among the likeliest so many tokens."""

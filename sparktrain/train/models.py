@@ -69,8 +69,22 @@ def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Pr
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     for tensor in [*model.parameters(), *model.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
+    _check_causal(model)
     model.train()
     return model
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel) -> None:
+    """:class:`ConfigError` where a token's prediction depends on what follows it: its loss would fall to nothing."""
+    length = min(8, getattr(model.config, "max_position_embeddings", None) or 8)
+    tokens = torch.zeros(2, length, dtype=torch.int64, device=model.device)
+    tokens[1, -1] = model.config.vocab_size - 1
+    one, other = model.eval()(input_ids=tokens).logits[:, :-1].float()  # type: ignore[no-untyped-call]
+    if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
+        raise ConfigError(
+            f"model {model.config.model_type} looks at the tokens it is to predict: use a causal architecture, as llama"
+        )
 
 
 def digest(model: PreTrainedModel) -> str:
@@ -133,13 +147,22 @@ def _pretrained_config(settings: Model) -> Any:
     source = str(settings.from_pretrained)
     local = Path(source)
     if local.is_dir() and not (local / "config.json").exists():
-        raise ModelError(f"model directory {source} has no config.json: give a Hugging Face model directory")
+        trained = (local / "model" / "config.json").exists()
+        instead = f"did you mean {local / 'model'}?" if trained else "give a Hugging Face model directory"
+        raise ModelError(f"model directory {source} has no config.json: {instead}")
     try:
-        return AutoConfig.from_pretrained(
-            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code, **settings.sizes
+        hf_config = AutoConfig.from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.from_pretrained {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    for name, value in settings.sizes.items():
+        if getattr(hf_config, name, None) != value:
+            raise ConfigError(
+                f"model.sizes.{name} is {value!r}, but model.from_pretrained {source} has "
+                f"{getattr(hf_config, name, None)!r}: remove it, or model.from_pretrained"
+            )
+    return hf_config
 
 
 def _scratch_config(config: RunConfig) -> Any:
@@ -153,9 +176,12 @@ def _scratch_config(config: RunConfig) -> Any:
     unknown = sorted(set(sizes) - set(known.to_dict()))
     if unknown:
         raise ConfigError(f"model.sizes.{unknown[0]} is not a size of {settings.architecture}: remove it")
-    if "vocab_size" not in sizes and (tokenizer := tokenizer_path(config)):
+    if path := tokenizer_path(config):
+        tokenizer = AutoTokenizer.from_pretrained(path)
         # A multiple of 64 keeps the largest matrix aligned; the ids above the tokenizer's are never used.
-        sizes["vocab_size"] = -(-len(AutoTokenizer.from_pretrained(tokenizer)) // 64) * 64
+        sizes.setdefault("vocab_size", -(-len(tokenizer) // 64) * 64)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the architecture's own are of its own tokenizer
+            sizes.setdefault(name, getattr(tokenizer, name))
     try:
         return AutoConfig.for_model(settings.architecture, **sizes)
     except Exception as error:  # transformers validates sizes with several exception types

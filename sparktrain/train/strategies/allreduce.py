@@ -82,8 +82,8 @@ def build(
     return AllReduceAdamW(parameters, optimizer)
 
 
-def traffic_per_step(shapes: Sequence[torch.Size], section: AdamW, world: int) -> Traffic:
+def traffic_per_step(shapes: Sequence[torch.Size], section: AdamW, world: int, element_bytes: int = 4) -> Traffic:
     traffic = Traffic()
     if world > 1:
-        traffic.add_ring_all_reduce(4 * sum(shape.numel() for shape in shapes), world)
+        traffic.add_ring_all_reduce(element_bytes * sum(shape.numel() for shape in shapes), world)
     return traffic

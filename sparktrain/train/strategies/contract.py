@@ -88,9 +88,9 @@ class StrategyKind(NamedTuple):
     """A row of the strategy table.
 
     build: ``(parameters by name, strategy section, optimizer section, planned steps) -> Strategy``.
-    traffic_per_step: ``(parameter shapes, strategy section, world size) -> Traffic`` of one step, in closed form;
+    traffic_per_step: ``(parameter shapes, strategy section, world size, bytes of a parameter) -> Traffic`` of one step;
     where a strategy does not communicate in every step, the mean over those of a round, rounded up.
     """
 
     build: Callable[[dict[str, torch.nn.Parameter], Any, Any, int], Strategy]
-    traffic_per_step: Callable[[Sequence[torch.Size], Any, int], Traffic]
+    traffic_per_step: Callable[[Sequence[torch.Size], Any, int, int], Traffic]

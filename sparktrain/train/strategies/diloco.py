@@ -166,7 +166,7 @@ def build(parameters: dict[str, torch.nn.Parameter], section: Diloco, optimizer:
     return DiLoCo(trained, adamw(parameters, optimizer), planned_steps=steps, **settings)
 
 
-def traffic_per_step(shapes: Sequence[torch.Size], section: Diloco, world: int) -> Traffic:
+def traffic_per_step(shapes: Sequence[torch.Size], section: Diloco, world: int, element_bytes: int = 4) -> Traffic:
     """The mean over a round; ``sync_every="auto"`` counts as the fewest steps it may choose."""
     weights = sum(shape.numel() for shape in shapes)
     fragments, codec = section.num_fragments, _CODECS[section.compression]

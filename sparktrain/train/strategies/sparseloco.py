@@ -162,7 +162,7 @@ def build(
     return SparseLoCo(trained, adamw(parameters, optimizer), planned_steps=steps, **settings)
 
 
-def traffic_per_step(shapes: Sequence[torch.Size], section: Sparseloco, world: int) -> Traffic:
+def traffic_per_step(shapes: Sequence[torch.Size], section: Sparseloco, world: int, element_bytes: int = 4) -> Traffic:
     """The mean over a round; ``sync_every="auto"`` counts as the fewest steps it may choose."""
     chunk = section.compression_chunk
     code = ChunkCode(chunk * chunk, section.compression_topk, _VALUES[section.quantize_bits])

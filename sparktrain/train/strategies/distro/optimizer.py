@@ -241,7 +241,7 @@ def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer:
     return DisTrO(members, optimizer.lr, **section.model_dump(exclude={"kind"}))
 
 
-def traffic_per_step(shapes: Sequence[torch.Size], section: Distro, world: int) -> Traffic:
+def traffic_per_step(shapes: Sequence[torch.Size], section: Distro, world: int, element_bytes: int = 4) -> Traffic:
     groups = [[s for s in shapes if len(s) >= 2], [s for s in shapes if len(s) < 2]]
     chunk, topk = section.compression_chunk, section.compression_topk
     layout = layout_of([g for g in groups if g], chunk, topk, section.values, section.cut, _TILE_WEIGHTS["cuda"])
