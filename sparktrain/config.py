@@ -5,10 +5,12 @@ command line, ``--help``) is ``cli.py``. The settings of strategies and their op
 ``sections.py``.
 """
 
+import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparktrain.sections import AdamW as AdamW
 from sparktrain.sections import Diloco as Diloco
@@ -28,6 +30,25 @@ class Run(Section):
     """Rank 0 prints one line every so many steps."""
 
 
+class Skip(Section):
+    shard: str = ""
+    """File name of a shard: its sequences are in no epoch."""
+    sequences: tuple[int, int] | None = None
+    """Only its sequences from the first number to before the second; none: all."""
+    steps: tuple[int, int] | None = None
+    """Instead of a shard: what steps from the first number to before the second would train on, as the entries before
+    this one leave the order; later steps get what comes after."""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> "Skip":
+        if bool(self.shard) == (self.steps is not None) or (self.sequences and not self.shard):
+            raise ValueError("an entry of data.skip names a shard, and perhaps its sequences, or steps")
+        for name, pair in (("sequences", self.sequences), ("steps", self.steps)):
+            if pair and not 0 <= pair[0] < pair[1]:
+                raise ValueError(f"data.skip has {name} {list(pair)}: expected [first, last + 1]")
+        return self
+
+
 class Data(Section):
     path: Path = Path("data/train")
     """Directory with the token shards (*.ds, *.bin, *.npy, *.parquet) to train on. Every executor must be able to read
@@ -41,6 +62,16 @@ class Data(Section):
     window: Literal["overlap1", "psyche"] = "overlap1"
     """overlap1: S+1 tokens are read and S predicted, so that no boundary token is lost; psyche: S tokens are read and
     S-1 predicted, as Psyche cuts the same file."""
+    order: Literal["shuffle", "sequential", "psyche"] = "shuffle"
+    """shuffle: another order in every epoch; sequential: as in the shards; psyche: Psyche's shuffle number for number,
+    the same in every epoch."""
+    block: int = Field(1, ge=1, le=2**20)
+    """Shuffle blocks of so many sequences that follow one another in their shard: as many fewer ranges to read from
+    remote storage, and batches that are less of a mixture."""
+    psyche_seed: str = Field("", pattern="^([0-9a-fA-F]{64})?$")
+    """Psyche's shuffle_seed, 32 bytes in hexadecimal; none: what its --seed makes of run.seed."""
+    skip: tuple[Skip, ...] = ()
+    """Data that is not trained on."""
     token_size: Literal[2, 4] | None = None
     """Bytes per token of files that do not say it (raw .bin and .npy, .ds without .metadata); none: 2."""
 
@@ -71,6 +102,8 @@ class Train(Section):
     """Optimizer steps."""
     total_batch: int = Field(64, ge=1)
     """Sequences per step over all ranks. The batches do not depend on the number of ranks."""
+    batch_ramp: tuple[tuple[int, int], ...] = ()
+    """Changes of total_batch, as [[step, sequences], ...]: from that step on a step has so many."""
     micro_batch: int = Field(8, ge=1)
     """Sequences per forward pass of one rank; the gradient is accumulated over the rank's share of the batch."""
     autocast: Literal["none", "bfloat16"] = "none"
@@ -79,6 +112,16 @@ class Train(Section):
     """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the gradient to this global norm; 0 leaves it as it is."""
+
+    @model_validator(mode="after")
+    def _ramp_ascends(self) -> "Train":
+        for (before, _), (step, batch) in itertools.pairwise([(0, 0), *self.batch_ramp]):
+            if step <= before or batch < 1:
+                raise ValueError(
+                    f"train.batch_ramp has [{step}, {batch}] after step {before}: expected ascending steps from 1 on, "
+                    "and at least 1 sequence"
+                )
+        return self
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "Train":
@@ -122,6 +165,9 @@ class Launch(Section):
     the Spark master is local."""
     ranks: int = Field(0, ge=0)
     """Number of ranks; 0: one per slot the cluster has."""
+    weights: Literal["equal", "measured"] | tuple[float, ...] = "equal"
+    """How ranks share a step's sequences: equally, by the speed that each measures when it starts, or by a number for
+    each rank."""
     launcher: Literal["torchrun", "direct"] = "torchrun"
     """Start ranks with torchrun, or (one rank per Spark task only) directly, which saves its start-up time."""
     threads: int = Field(0, ge=0)
@@ -133,6 +179,20 @@ class Launch(Section):
     killed, an executor lost."""
     min_ranks: int = Field(0, ge=0)
     """Go on with fewer ranks, at least so many, where executors are lost for good; 0: all are needed."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _word_of_the_command_line(cls, value: Any) -> Any:
+        """The command line makes a list of what may be one."""
+        if isinstance(value, list):
+            return value[0] if value in (["equal"], ["measured"]) else tuple(value)
+        return value
+
+    @model_validator(mode="after")
+    def _weights_are_speeds(self) -> "Launch":
+        if isinstance(self.weights, tuple) and not all(w > 0 and math.isfinite(w) for w in self.weights):
+            raise ValueError(f"launch.weights are {list(self.weights)}: expected numbers above 0")
+        return self
 
 
 class RunConfig(Section):
@@ -154,6 +214,14 @@ class RunConfig(Section):
     """What is kept to go on from."""
     launch: Launch = Launch()
     """How ranks are started."""
+
+    @model_validator(mode="after")
+    def _order_is_possible(self) -> "RunConfig":
+        if self.data.block > 1 and self.data.order != "shuffle":
+            raise ValueError(f"data.block is {self.data.block}, but only data.order shuffle moves blocks: set it to 1")
+        if self.data.order == "psyche" and not self.data.psyche_seed and self.run.seed >= 2**32:
+            raise ValueError(f"run.seed is {self.run.seed}, Psyche's are below 2^32: set another, or data.psyche_seed")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The settings that make it the same run: all but where it is stored, how it is launched and logged."""

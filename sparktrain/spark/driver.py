@@ -29,14 +29,15 @@ class Prepared:
     def describe(self) -> str:
         """Rows, tokens, steps, and bytes per strategy, for people."""
         spec, launch_, world = self.spec, self.config.launch, self.config.launch.ranks
+        batches = " to ".join(str(stretch.batch) for stretch in spec.stretches)
         lines = [
             f"model      {self.config.model.architecture}, {self.model['num_parameters']:,} parameters, "
             f"vocabulary {self.model['vocab_size']:,}",
             f"data       {len(spec.shards)} shards, {sum(s.num_tokens for s in spec.shards):,} tokens, "
             f"{spec.num_microshards:,} sequences of {spec.sequence_length}",
-            f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {spec.total_batch} sequences, "
-            f"{spec.steps * spec.target_tokens_per_step:,} tokens, "
-            f"{spec.num_positions / spec.num_microshards:.2f} epochs",
+            f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {batches} sequences, "
+            f"{spec.num_positions * (spec.window_length - 1):,} tokens, "
+            f"{spec.num_positions / sum(order.kept for order in spec.orders):.2f} epochs",
             f"ranks      {world}, {launch_.mode}, {launch_.threads} threads each",
         ]
         ring = max(1, int(self.model["traffic"]["adamw"]["bytes_received"]))
@@ -93,15 +94,7 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
         measured = index.index_shards(spark, heldout, config.data.token_size)
         index.check_shards(measured, config.data, model["vocab_size"], "data.heldout")
         check_alike([shard for shard, _ in (*shards, *measured)])
-    spec = PlanSpec(
-        shards=tuple(shard for shard, _ in shards),
-        sequence_length=config.data.sequence_length,
-        total_batch=config.train.total_batch,
-        steps=config.train.steps,
-        seed=config.run.seed,
-        window=config.data.window,
-    )
-    return Prepared(config, spec, model)
+    return Prepared(config, planner.spec_of(config, [shard for shard, _ in shards]), model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:

@@ -16,7 +16,7 @@ from sparktrain.errors import ConfigError, Diverged
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
-from sparktrain.train import checkpoint, models
+from sparktrain.train import checkpoint, models, speed
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.schedule import lr_at
@@ -27,10 +27,8 @@ from sparktrain.train.world import World, start_world
 def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """:func:`train_in` the world that this process's environment names."""
     with start_world(max(1, config.launch.threads), config.launch.collective_timeout) as world:
-        if world.size > spec.total_batch:
-            raise ConfigError(
-                f"{world.size} ranks share train.total_batch {spec.total_batch}: start at most {spec.total_batch} ranks"
-            )
+        if world.size > (most := spec.smallest_batch):
+            raise ConfigError(f"{world.size} ranks share train.total_batch {most}: start at most {most} ranks")
         return train_in(world, directory, config, spec, generation)
 
 
@@ -110,7 +108,8 @@ def _steps(
     first_step: int = 0,
 ) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
-    batches = iter(Batches(directory, spec, world.rank, world.size, first_step))
+    speeds = speed.of_ranks(model, config, spec, world)
+    batches = iter(Batches(directory, spec, world.rank, world.size, first_step, speeds))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         tokens_BS = next(batches)
@@ -119,7 +118,7 @@ def _steps(
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
         tokens = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
         # What a strategy makes of gradients scaled so is in its contract.
-        scale = 1 / tokens if strategy.local else world.size / spec.target_tokens_per_step
+        scale = 1 / tokens if strategy.local else world.size / spec.target_tokens(step)
         loss_sum = _accumulate_gradients(model, tokens_BS.to(world.device), scale, config.train)
         failpoints.reach("gradient", rank=world.rank, step=step)
         strategy.average_gradients()
