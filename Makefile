@@ -30,6 +30,8 @@ lint: $(VENV)/.installed
 bench: java $(VENV)/.installed
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/order.py
+	$(BIN)/python benchmarks/planner.py
 
 # Before anything else: pyspark without Java fails late and says JAVA_GATEWAY_EXITED.
 java:

@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
@@ -153,7 +153,8 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of a settings tree; a union of sections counts as the sum of its members."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        members = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        # A list of sections is one key: its sections are written whole.
+        members = [field.annotation, *(get_args(field.annotation) if get_origin(field.annotation) is not tuple else ())]
         sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
         for section in sections:
             keys += _keys(section, f"{prefix}{name}.")

@@ -65,6 +65,8 @@ def test_a_config_file_that_is_not_there(job: Job, tmp_path: Path) -> None:
     ("argv", "code", "message"),
     [
         (["--data.sequence-length", "500"], 2, "data.sequence_length is 500, more than the model's 128 positions"),
+        (["--launch.weights", "[1,2,3]"], 2, "launch.weights are 3 numbers for 2 ranks: give one for each rank"),
+        (["--data.skip", '[{"shard": "nowhere.ds"}]'], 3, "data.skip names shard nowhere.ds, of which data.path has 0"),
         (["--launch.ranks", "9"], 2, "launch.ranks is 9, more than train.total_batch 8: set launch.ranks to at most 8"),
         (
             ["--launch.mode", "executors", "--launch.ranks", "3"],

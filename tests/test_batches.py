@@ -169,7 +169,7 @@ def test_psyches_windows_give_the_loss_that_psyche_has_of_them(data: Path, tmp_p
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.model_config(config)).eval()
     with torch.no_grad():
-        ours = float(token_losses(model, Batch(batch))) / spec.target_tokens_per_step
+        ours = float(token_losses(model, Batch(batch))) / spec.target_tokens(0)
         theirs = float(model(input_ids=batch, labels=batch).loss)
     assert ours == pytest.approx(theirs, rel=1e-5)
 

@@ -107,7 +107,7 @@ def test_the_model_opens_anywhere_and_gives_the_loss_that_was_measured(reference
     assert spec is not None
     with torch.no_grad():
         batch = next(iter(Batches(directory, spec, 0, 1)))
-        loss = float(token_losses(model, batch)) / spec.target_tokens_per_step
+        loss = float(token_losses(model, batch)) / spec.target_tokens(0)
         inputs, labels = batch.tokens[:, :-1].reshape(-1, 32), batch.tokens[:, 1:].reshape(-1, 32)
         logits = model(inputs).logits
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())))

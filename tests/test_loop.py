@@ -34,7 +34,9 @@ def trained(on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path) -> C
 
     def run(world: int, *flags: str) -> list[Any]:
         config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run", *flags))
-        spec = PlanSpec(shards, sequence_length=32, total_batch=8, steps=config.train.steps, seed=5)
+        spec = PlanSpec(
+            shards, sequence_length=32, total_batch=8, steps=config.train.steps, seed=5, ramp=config.train.batch_ramp
+        )
         rows = [row._asdict() for row in plan.rows(spec, 0, spec.num_positions)]
         pq.write_table(pa.Table.from_pylist(rows), directory.plan / "part-0.parquet")
         return on_ranks(world, rank, config, spec)
@@ -55,6 +57,25 @@ def test_any_number_of_ranks_has_the_losses_of_one(trained: Callable[..., list[A
     assert len({digest for _, digest in together}) == 1
     norms = [[record.grad_norm for record in records] for records, _ in together]
     assert norms[0] == norms[-1] == pytest.approx([record.grad_norm for record in alone[0][0]], rel=1e-3)
+
+
+def test_a_batch_that_changes_is_the_mean_of_its_own_tokens(trained: Callable[..., list[Any]]) -> None:
+    ramp = ("--train.batch-ramp", "[[1, 5], [4, 11]]")
+    alone, together = trained(1, *ramp), trained(3, *ramp)
+    assert [record.tokens for record in alone[0][0]] == [size * 32 for size in (8, 5, 5, 5, 11, 11)]
+    assert losses(together) == pytest.approx(losses(alone), rel=2e-5)
+    norms = [[record.grad_norm for record in records] for records, _ in together]
+    assert norms[0] == norms[-1] == pytest.approx([record.grad_norm for record in alone[0][0]], rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["[1, 5.5]", "measured"])
+def test_shares_by_speed_have_the_losses_of_equal_ones(trained: Callable[..., list[Any]], weights: str) -> None:
+    equal, weighted = trained(2), trained(2, "--launch.weights", weights)
+    assert losses(weighted) == pytest.approx(losses(equal), rel=2e-5)
+    shares = [[record.tokens // 32 for record in records] for records, _ in weighted]
+    assert [sum(step) for step in zip(*shares, strict=True)] == [8] * 6
+    if weights != "measured":
+        assert shares == [[1] * 6, [7] * 6]
 
 
 def test_the_size_of_micro_batches_does_not_matter(trained: Callable[..., list[Any]]) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sparktrain import plan, tokens
-from sparktrain.config import Data
+from sparktrain import cli, plan, tokens
+from sparktrain.config import Data, RunConfig
 from sparktrain.errors import DataError
-from sparktrain.plan import Assignment, PlanSpec
+from sparktrain.plan import Assignment, PlanSpec, Source
 from sparktrain.rundir import RunDir
 from sparktrain.spark import index, planner
 from sparktrain.tokens import Shard
@@ -33,6 +33,67 @@ def test_sql_gives_the_same_rows_as_arithmetic(spark: Any, num_tokens: list[int]
     spec = spec_over(num_tokens, batch, steps)
     rows = planner.plan_frame(spark, spec).collect()
     assert [Assignment(**row.asDict()) for row in rows] == plan.rows(spec, 0, spec.num_positions)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block": 5},
+        {"block": 200},  # longer than the data
+        {"order": "sequential", "ramp": ((5, 4), (9, 17), (39, 1))},
+        {"order": "psyche", "psyche_seed": "2a" * 32},
+        {"skipped": ((0, 3), (50, 70), (103, 104)), "skipped_places": ((5, 9), (100, 211))},
+        {"skipped": ((30, 45),), "block": 4, "sources": (Source("a", 1, 0.3), Source("b", 2, 0.7))},
+        {"order": "psyche", "psyche_seed": "2a" * 32, "sources": (Source("a", 1, 0.5), Source("b", 2, 0.5))},
+    ],
+)
+def test_sql_and_arithmetic_agree_on_every_order(spark: Any, changes: dict[str, Any]) -> None:
+    spec = replace(spec_over([16 * 40 + 1, 16 * 61 + 9, 16 * 3 + 1], 7, 40), **changes)
+    rows = [Assignment(**row.asDict()) for row in planner.plan_frame(spark, spec).collect()]
+    assert rows == plan.rows(spec, 0, spec.num_positions)
+    gone = {m for first, last in spec.skipped for m in range(first, last)}
+    assert not gone & {row.microshard_id for row in rows}
+    assert len({(row.epoch, row.microshard_id) for row in rows}) == len(rows)
+
+
+def test_ranks_of_the_view_have_the_slots_of_the_arithmetic(spark: Any, tmp_path: Path) -> None:
+    spec = replace(spec_over([1000], 4, 10), ramp=((3, 9), (7, 5)))
+    planner.write_plan(spark, spec, RunDir(tmp_path))
+    for weights in ((), (1.0, 2.5, 0.3)):
+        for row in planner.assignments(spark, tmp_path, 3, weights).collect():
+            first, last = plan.slots_of(row["rank"], 3, spec.batch_of(row.step), weights)
+            assert first <= row.slot < last
+
+
+def config_with(*argv: str) -> RunConfig:
+    return cli.parse(RunConfig, ["--data.sequence-length", "16", "--train.total-batch", "8", *argv])
+
+
+def test_what_is_to_be_skipped_is_named_by_shard_or_by_step() -> None:
+    shards = spec_over([16 * 40 + 1, 16 * 60 + 1], 8, 10).shards
+    entries = (
+        '[{"shard": "001.ds"}, {"shard": "/shards/000.ds", "sequences": [3, 9]}, {"steps": [2, 3]}, {"steps": [4, 5]}]'
+    )
+    spec = planner.spec_of(config_with("--data.skip", entries), shards)
+    assert spec.skipped == ((3, 9), (40, 100))
+    # What was step 5 before the entry for step 2 is step 4 after it.
+    assert spec.skipped_places == ((16, 24), (40, 48))
+    ramp = planner.spec_of(config_with("--train.batch-ramp", "[[2, 16]]", "--data.skip", '[{"steps": [1, 3]}]'), shards)
+    assert ramp.skipped_places == ((8, 32),)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ('[{"shard": "9.ds"}]', "data.skip names shard 9.ds, of which data.path has 0"),
+        ('[{"shard": "000.ds", "sequences": [3, 41]}]', "sequences to 41 of shard 000.ds, which has 40"),
+        ('[{"shard": "000.ds"}]', "data.skip names all 40 sequences"),
+    ],
+)
+def test_a_skip_that_cannot_be_is_one_line(entries: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        planner.spec_of(config_with("--data.skip", entries), spec_over([16 * 40 + 1], 8, 10).shards)
+    assert "\n" not in str(caught.value)
 
 
 def test_sql_and_arithmetic_agree_on_psyches_windows_and_on_rows(spark: Any) -> None:

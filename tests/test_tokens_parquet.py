@@ -89,7 +89,7 @@ def test_a_plan_of_rows_covers_each_row_once_per_epoch(tmp_path: Path, window: s
     shards = tuple(tokens.inspect(str(write(tmp_path / f"{i}.parquet", {"input_ids": IDS + i}))) for i in range(2))
     spec = PlanSpec(shards, sequence_length, total_batch=2 * ROWS, steps=1, seed=3, window=window)
     assert (spec.num_microshards, spec.window_length) == (2 * ROWS, LENGTH)
-    assert spec.target_tokens_per_step == 2 * ROWS * (LENGTH - 1)
+    assert spec.target_tokens(0) == 2 * ROWS * (LENGTH - 1)
     assert PlanSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     files = {shard.path: TokenFile(shard) for shard in shards}
     rows = plan.rows(spec, 0, 2 * ROWS)

@@ -31,14 +31,15 @@ class Prepared:
     def describe(self) -> str:
         """Rows, tokens, steps, and bytes per strategy, for people."""
         spec, launch_, world = self.spec, self.config.launch, self.config.launch.ranks
+        batches = " to ".join(str(stretch.batch) for stretch in spec.stretches)
         lines = [
             f"model      {self.config.model.architecture}, {self.model['num_parameters']:,} parameters, "
             f"vocabulary {self.model['vocab_size']:,}",
             f"data       {len(spec.shards)} shards, {sum(s.num_tokens for s in spec.shards):,} tokens, "
             f"{spec.num_microshards:,} sequences of {spec.sequence_length}",
-            f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {spec.total_batch} sequences, "
-            f"{spec.steps * spec.target_tokens_per_step:,} tokens, "
-            f"{spec.num_positions / spec.num_microshards:.2f} epochs",
+            f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {batches} sequences, "
+            f"{spec.num_positions * (spec.window_length - 1):,} tokens, "
+            f"{spec.num_positions / sum(order.kept for order in spec.orders):.2f} epochs",
             f"ranks      {world}, {launch_.mode}, {launch_.threads} threads each",
         ]
         ring = max(1, int(self.model["traffic"]["adamw"]["bytes_received"]))
@@ -95,15 +96,7 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
         shards[setting] = index.index_shards(spark, found, data)
         index.check_shards(shards[setting], data, model["vocab_size"], setting)
     check_alike([shard for indexed in shards.values() for shard, _ in indexed])
-    spec = PlanSpec(
-        shards=tuple(shard for shard, _ in shards["data.path"]),
-        sequence_length=data.sequence_length,
-        total_batch=config.train.total_batch,
-        steps=config.train.steps,
-        seed=config.run.seed,
-        window=data.window,
-    )
-    return Prepared(config, spec, model)
+    return Prepared(config, planner.spec_of(config, [shard for shard, _ in shards["data.path"]]), model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:

@@ -1,48 +1,78 @@
-"""The plan as Spark DataFrames: order microshards, write the plan, and view it by rank.
+"""The plan as Spark DataFrames: write it, and view it by rank.
 
-The numbers are ``plan.py``'s, computed in SQL: a map-only job from position to microshard, whose output is in step
-order without a shuffle or a sort. Cycle walking is not left to SQL: the fewer than sqrt(N) positions per epoch that
-walk are computed on the driver and joined as a table.
+The numbers are those of ``plan``, computed in SQL (``ordering.py``): a map-only job from position to microshard, whose
+output is in step order without a shuffle or a sort.
 """
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from sparktrain.errors import DataError
-from sparktrain.plan import PlanSpec, permute, radices, round_keys, stride_of, walkers
+from sparktrain.config import RunConfig, Skip
+from sparktrain.errors import ConfigError, DataError
+from sparktrain.plan import PlanSpec, psyche, skip, slots_of, stride_of
 from sparktrain.rundir import RunDir
+from sparktrain.spark.ordering import microshards
+from sparktrain.tokens import Shard
+
+# Each is a term of an SQL expression.
+_MOST_JUMPS = 100
+
+
+def spec_of(config: RunConfig, shards: Sequence[Shard]) -> PlanSpec:
+    """The plan that ``config`` asks for of ``shards``. Raises where what is to be skipped is not there, or is all."""
+    data = config.data
+    spec = PlanSpec(
+        shards=tuple(shards),
+        sequence_length=data.sequence_length,
+        total_batch=config.train.total_batch,
+        steps=config.train.steps,
+        seed=config.run.seed,
+        window=data.window,
+        order=data.order,
+        block=data.block,
+        psyche_seed=(data.psyche_seed or psyche.seed_bytes(config.run.seed).hex()) if data.order == "psyche" else "",
+        ramp=config.train.batch_ramp,
+    )
+    spec = replace(spec, skipped=skip.merge(_sequences(spec, entry) for entry in data.skip if entry.shard))
+    if any(order.kept == 0 for order in spec.orders):
+        raise DataError(f"data.skip names all {spec.num_microshards} sequences of data.path: leave some to train on")
+    for entry in data.skip:
+        if entry.steps:
+            first, last = (spec.first_position(step) for step in entry.steps)
+            ends = skip.places_of(spec.skipped_places, np.array([first, last - 1]))
+            place = (int(ends[0]), int(ends[1]) + 1)
+            spec = replace(spec, skipped_places=skip.merge([*spec.skipped_places, place]))
+    if len(spec.skipped_places) > _MOST_JUMPS:
+        raise ConfigError(f"data.skip passes over more than {_MOST_JUMPS} ranges of steps: join some of them")
+    return spec
+
+
+def _sequences(spec: PlanSpec, entry: Skip) -> tuple[int, int]:
+    """The microshards that ``entry`` names."""
+    named = [i for i, shard in enumerate(spec.shards) if entry.shard in (shard.path, shard.path.rsplit("/", 1)[-1])]
+    if len(named) != 1:
+        raise DataError(f"data.skip names shard {entry.shard}, of which data.path has {len(named)}: expected one")
+    first, end = (int(n) for n in spec.first_microshards[named[0] : named[0] + 2])
+    begin, last = entry.sequences or (0, end - first)
+    if last > end - first:
+        raise DataError(f"data.skip names sequences to {last} of shard {entry.shard}, which has {end - first}")
+    return first + begin, first + last
 
 
 def plan_frame(spark: SparkSession, spec: PlanSpec) -> DataFrame:
     """The whole plan, one row per position and in that order: the columns of :class:`sparktrain.plan.Assignment`."""
-    n = spec.num_microshards
-    a, b = radices(n)
-    pos = F.col("pos")
-    frame = spark.range(spec.num_positions).select(F.col("id").alias("pos"))
-    frame = frame.withColumn("epoch", F.expr(f"pos div {n}")).withColumn("i", F.expr(f"pos % {n}"))
-    frame = frame.join(F.broadcast(_epoch_keys(spark, spec)), "epoch")
-    frame = frame.withColumn("left", F.expr(f"i div {b}")).withColumn("right", F.expr(f"i % {b}"))
-    for r in range(spec.rounds):
-        # One projection per round: Spark would otherwise copy the expression of a round into each use of it.
-        frame = frame.select(
-            "pos", "epoch", "i", *[f"k{later}" for later in range(r + 1, spec.rounds)],
-            F.col("right").alias("left"),
-            ((F.col("left") + _round(F.col("right"), F.col(f"k{r}"))) % a).alias("right"),
-        )  # fmt: skip
-        a, b = b, a
-    walked = F.broadcast(_walked(spark, spec))
-    frame = frame.join(walked, ["epoch", "i"], "left").withColumn(
-        "microshard_id", F.coalesce(F.col("walked"), F.col("left") * b + F.col("right"))
-    )
-    located = _locate(spark, frame, spec)
-    batch = spec.total_batch
+    located = _locate(spark, microshards(spark, spec), spec)
+    step, slot = _step_and_slot(spec)
     return located.select(
-        F.expr(f"pos div {batch}").alias("step"),
-        F.expr(f"cast(pos % {batch} as int)").alias("slot"),
-        pos,
+        step.alias("step"),
+        slot.cast("int").alias("slot"),
+        "pos",
         F.col("epoch").cast("int").alias("epoch"),
         "microshard_id",
         "path",
@@ -60,8 +90,9 @@ def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
     directory.write_plan_spec(spec)
 
 
-def assignments(spark: SparkSession, run_dir: str | Path, world_size: int) -> DataFrame:
-    """The plan of ``run_dir`` with the ``rank`` that takes each row when ``world_size`` ranks share it.
+def assignments(spark: SparkSession, run_dir: str | Path, world_size: int, weights: Sequence[float] = ()) -> DataFrame:
+    """The plan of ``run_dir`` with the ``rank`` that takes each row when ``world_size`` ranks share it, by their speed
+    where ``weights`` are given.
 
     Raises :class:`DataError` where there is no plan.
     """
@@ -69,11 +100,20 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int) -> Da
     spec = directory.plan_spec()
     if spec is None:
         raise DataError(f"{run_dir} holds no plan: make one with jobs/train.py")
-    if not 1 <= world_size <= spec.total_batch:
-        raise ValueError(f"world_size is {world_size}: expected 1 to train.total_batch {spec.total_batch}")
-    # Inverse of slots_of: rank r has slots [r*B//W, (r+1)*B//W).
-    rank = F.expr(f"cast(((slot + 1) * {world_size} - 1) div {spec.total_batch} as int)")
-    return spark.read.parquet(_literal(directory.plan)).select("*", rank.alias("rank"))
+    if not 1 <= world_size <= spec.smallest_batch:
+        raise ValueError(
+            f"world_size is {world_size}: expected 1 to train.total_batch {spec.smallest_batch} (the least of its ramp)"
+        )
+    by_step = [(stretch.first_step, _rank(world_size, stretch.batch, weights)) for stretch in spec.stretches]
+    return spark.read.parquet(_literal(directory.plan)).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
+
+
+def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
+    """Column of the rank that has a slot: the inverse of :func:`slots_of`."""
+    if not weights:
+        return F.expr(f"cast(((slot + 1) * {world} - 1) div {batch} as int)")
+    firsts = [(slots_of(rank, world, batch, weights)[0], F.lit(rank)) for rank in range(world)]
+    return _piecewise(F.col("slot"), firsts)
 
 
 def _literal(path: Path) -> str:
@@ -81,23 +121,23 @@ def _literal(path: Path) -> str:
     return "file://" + re.sub(r"([][{}*?\\])", r"\\\1", str(path))
 
 
-def _round(right: Column, key: Column) -> Column:
-    return F.pmod(F.xxhash64(right, key), F.lit(2**31 - 1))
+def _step_and_slot(spec: PlanSpec) -> tuple[Column, Column]:
+    """Columns of a row's step and slot, by its ``pos``."""
+    pos, steps, slots = F.col("pos"), [], []
+    for stretch in spec.stretches:
+        since = pos - stretch.first_position
+        step = F.call_function("div", since, F.lit(stretch.batch)) + stretch.first_step
+        steps.append((stretch.first_position, step))
+        slots.append((stretch.first_position, since % stretch.batch))
+    return _piecewise(pos, steps), _piecewise(pos, slots)
 
 
-def _epoch_keys(spark: SparkSession, spec: PlanSpec) -> DataFrame:
-    rows = [(e, *round_keys(spec.seed, e, spec.rounds)) for e in range(spec.num_epochs)]
-    return spark.createDataFrame(rows, ", ".join(["epoch long", *(f"k{r} long" for r in range(spec.rounds))]))
-
-
-def _walked(spark: SparkSession, spec: PlanSpec) -> DataFrame:
-    """(epoch, i, walked): where the few inputs end up that one Feistel step leads out of [0, N)."""
-    n, rows = spec.num_microshards, []
-    for epoch in range(spec.num_epochs):
-        keys = round_keys(spec.seed, epoch, spec.rounds)
-        i = walkers(n, keys)
-        rows += [(epoch, *pair) for pair in zip(i.tolist(), permute(i, n, keys).tolist(), strict=True)]
-    return spark.createDataFrame(rows, "epoch long, i long, walked long")
+def _piecewise(value: Column, pieces: list[tuple[int, Column]]) -> Column:
+    """The last of ``pieces``, which ascend, whose bound is not above ``value``."""
+    chosen = pieces[0][1]
+    for bound, piece in pieces[1:]:
+        chosen = F.when(value >= bound, piece).otherwise(chosen)
+    return chosen
 
 
 def _locate(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
@@ -115,4 +155,6 @@ def _locate(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
     table = spark.createDataFrame(buckets, "bucket long, first long, end long, path string, stride long")
     within = (F.col("microshard_id") >= F.col("first")) & (F.col("microshard_id") < F.col("end"))
     bucket = F.expr(f"microshard_id div {width}") == F.col("bucket")
-    return frame.join(F.broadcast(table), bucket & within)
+    # A left join, though every row has its shard: for an inner one Spark would first drop rows whose number is null,
+    # and for that compute it all twice, with each round's expression copied into the next: 2^rounds hashes per row.
+    return frame.join(F.broadcast(table), bucket & within, "left")

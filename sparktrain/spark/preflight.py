@@ -53,11 +53,17 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
                 "launch.launcher is direct, which starts one rank per Spark task, but launch.mode is local: "
                 "set launch.launcher to torchrun"
             )
-    if ranks > config.train.total_batch:
-        raise ConfigError(
-            f"launch.ranks is {ranks}, more than train.total_batch {config.train.total_batch}: "
-            f"set launch.ranks to at most {config.train.total_batch} or train.total_batch to at least {ranks}"
-        )
+    for name, batch in [
+        ("total_batch", config.train.total_batch),
+        *(("batch_ramp", b) for _, b in config.train.batch_ramp),
+    ]:
+        if ranks > batch:
+            raise ConfigError(
+                f"launch.ranks is {ranks}, more than train.{name} {batch}: "
+                f"set launch.ranks to at most {batch} or train.{name} to at least {ranks}"
+            )
+    if not isinstance(weights := config.launch.weights, str) and len(weights) != ranks:
+        raise ConfigError(f"launch.weights are {len(weights)} numbers for {ranks} ranks: give one for each rank")
     values = config.model_dump(mode="json")
     values["launch"] |= {"mode": mode, "ranks": ranks, "threads": config.launch.threads or threads}
     values["run"]["dir"] = str(config.run.dir.absolute())

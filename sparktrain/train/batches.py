@@ -3,14 +3,14 @@
 Shapes: B_ = sequences of this rank in a step, L = tokens of a window (S+1 by the default rule).
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 
 import pyarrow.dataset as pads
 
 from sparktrain.errors import DataError
-from sparktrain.plan import Assignment, PlanSpec, rows, slots_of
+from sparktrain.plan import Assignment, PlanSpec, rows, runs_of_steps, slots_of
 from sparktrain.rundir import RunDir
 from sparktrain.tokens import TokenFile
 from sparktrain.tokens.ahead import read_ahead
@@ -30,7 +30,8 @@ _OPEN_FILES = 64
 
 
 class Batches:
-    """Iterates ``[B_, L]`` batches, one per step, of rank ``rank`` of ``world``.
+    """Iterates ``[B_, L]`` batches, one per step, of rank ``rank`` of ``world``, whose share is by its speed where
+    ``weights`` has that of each rank.
 
     Rows come from the plan on disk. Those of the first step are recomputed and compared: a plan of another run, or
     one edited by hand, is a :class:`DataError` before a token is trained on.
@@ -43,11 +44,12 @@ class Batches:
         rank: int,
         world: int,
         first_step: int = 0,
+        weights: Sequence[float] = (),
         opener: Opener = open_if_there,
     ) -> None:
         self._plan = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
-        self._slots = slots_of(rank, world, spec.total_batch)
+        self._rank, self._world, self._weights = rank, world, weights
         shards = {shard.path: shard for shard in spec.shards}
         self._remote = not all(map(is_local, shards))
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
@@ -61,16 +63,19 @@ class Batches:
 
     def _by_range(self) -> Generator[Batch, None, None]:
         """Window by window, many at a time: a server's answers take long, but it gives them side by side."""
-        share = self._slots[1] - self._slots[0]
+        runs = list(runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, _PLAN_WINDOW))
+        slots = [slots_of(self._rank, self._world, batch, self._weights) for _, _, batch in runs]
+        shares = [(last - first, end - begin) for (first, last), (begin, end, _) in zip(slots, runs, strict=True)]
         wanted = (row for rows_of_step in self._steps() for row in rows_of_step)
-        with closing(read_ahead(wanted, self._window, _CONNECTIONS, max(_CONNECTIONS, _AHEAD * share))) as windows:
-            while batch := list(islice(windows, share)):
-                yield Batch.of(stack(batch))
+        ahead = max(_CONNECTIONS, _AHEAD * max(share for share, _ in shares))
+        with closing(read_ahead(wanted, self._window, _CONNECTIONS, ahead)) as windows:
+            for share, steps in shares:
+                for _ in range(steps):
+                    yield Batch.of(stack(list(islice(windows, share))))
 
     def _steps(self) -> Iterator[list[Assignment]]:
-        first_slot, last_slot = self._slots
-        for begin in range(self._first_step, self._spec.steps, _PLAN_WINDOW):
-            end = min(begin + _PLAN_WINDOW, self._spec.steps)
+        for begin, end, batch in runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, _PLAN_WINDOW):
+            first_slot, last_slot = slots_of(self._rank, self._world, batch, self._weights)
             step, slot = pads.field("step"), pads.field("slot")
             table = self._plan.to_table(
                 columns=list(Assignment._fields),
@@ -84,13 +89,13 @@ class Batches:
                     f"expected {share * (end - begin)}: the plan is damaged; remove the run directory and start again"
                 )
             if begin == self._first_step:
-                self._compare(found[:share])
+                self._compare(found[:share], first_slot)
             for i in range(0, len(found), share):
                 yield found[i : i + share]
 
-    def _compare(self, found: list[Assignment]) -> None:
-        base = self._first_step * self._spec.total_batch
-        promised = rows(self._spec, base + self._slots[0], base + self._slots[1])
+    def _compare(self, found: list[Assignment], first_slot: int) -> None:
+        first = self._spec.first_position(self._first_step) + first_slot
+        promised = rows(self._spec, first, first + len(found))
         for row, expected in zip(found, promised, strict=True):
             if row != expected:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")

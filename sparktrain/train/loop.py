@@ -18,7 +18,7 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
-from sparktrain.train import checkpoint, models
+from sparktrain.train import checkpoint, models, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
@@ -44,10 +44,8 @@ class Training:
 def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """:func:`train_in` the world that this process's environment names."""
     with start_world(max(1, config.launch.threads), config.launch.collective_timeout) as world:
-        if world.size > spec.total_batch:
-            raise ConfigError(
-                f"{world.size} ranks share train.total_batch {spec.total_batch}: start at most {spec.total_batch} ranks"
-            )
+        if world.size > (most := spec.smallest_batch):
+            raise ConfigError(f"{world.size} ranks share train.total_batch {most}: start at most {most} ranks")
         return train_in(world, directory, config, spec, generation)
 
 
@@ -125,7 +123,8 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     config, spec, world, model = training.config, training.spec, training.world, training.model
     strategy, requests = training.strategy, training.requests
     shards = opener(config.data, known(spec.shards))
-    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, opener=shards))
+    speeds = speed.of_ranks(model, config, spec, world)
+    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         batch = next(batches)
@@ -164,7 +163,7 @@ def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
     """Targets of the global batch. Known from the plan where every token is one, which all ranks see alike; else the
     ranks' counts are added up."""
     if not spec.leaves_targets_out:
-        return spec.target_tokens_per_step
+        return spec.target_tokens(step)
     targets = int(world.sum(batch.num_targets)[0])
     if not targets:
         raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")

@@ -2,7 +2,7 @@
 
 import torch
 
-from sparktrain.sections import Optimizer
+from sparktrain.config import Optimizer
 
 
 def adamw(parameters: dict[str, torch.nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:

@@ -5,14 +5,9 @@ The code is one file under ``train/strategies``.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-# A number that a command line gives is text, which a Literal of numbers does not take.
-WholeNumber = BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdigit() else value)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from sparktrain.config.section import Section, WholeNumber
 
 
 class Optimizer(Section):

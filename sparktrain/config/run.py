@@ -1,41 +1,21 @@
-"""What a run is: one frozen, validated tree of settings.
+"""All of a run's settings, and how to train and launch."""
 
-``RunConfig`` is written resolved to the run directory and read back by every rank. How a user says it (TOML file,
-command line, ``--help``) is ``cli.py``. The settings of strategies and their optimizer are in
-``sections.py``.
-"""
-
+import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from sparktrain.sections import AdamW as AdamW
-from sparktrain.sections import Diloco as Diloco
-from sparktrain.sections import Distro as Distro
-from sparktrain.sections import Optimizer as Optimizer
-from sparktrain.sections import Section as Section
-from sparktrain.sections import Sparseloco as Sparseloco
-from sparktrain.sections import Strategy as Strategy
-from sparktrain.sections import WholeNumber
-
-
-def _several(value: Any) -> Any:
-    return (str(value),) if isinstance(value, str | Path) else tuple(value) if isinstance(value, list) else value
-
-
-def _or_none(value: Any) -> Any:
-    """What ``none`` and nothing mean on a command line."""
-    return None if value in ("", "none", "None", ("",), ["none"], [None], (None,), ["None"]) else value
+from sparktrain.config.data import Data
+from sparktrain.config.section import Section
+from sparktrain.config.strategies import AdamW, Optimizer, Strategy
 
 
 def _directory(value: Any) -> Any:
     if isinstance(value, str) and (not value or "://" in value):
         raise ValueError(f"run.dir is {value!r}: expected a directory that driver and executors share")
     return value
-
-
-Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
 
 
 class Run(Section):
@@ -45,31 +25,6 @@ class Run(Section):
     """Seeds the order of the data and the initial weights."""
     log_every: int = Field(10, ge=1)
     """Rank 0 prints one line every so many steps."""
-
-
-class Data(Section):
-    path: Places = ("data/train",)
-    """Directory, file or URI (https://, hf://datasets/, s3://, ...; x-{00..12}.ds is 13 files), or several, with the
-    token shards (*.ds, *.bin, *.npy, *.parquet) to train on. Every executor must be able to read it."""
-    heldout: Annotated[Places | None, BeforeValidator(_or_none)] = None
-    """The same with shards to measure the held-out loss on, before and after training."""
-    mirrors: tuple[str, ...] = ()
-    """Roots that hold the same files, such as https://a.org/data and https://b.org/data: what is under one of them is
-    read from another one where it fails."""
-    cache_dir: Path | None = None
-    """Keep shards of elsewhere in this directory of every executor's own disk, verified by sha256; none: read parts
-    as they are needed."""
-    cache_bytes: int = Field(64 << 30, ge=1)
-    """The most that data.cache_dir may hold."""
-    heldout_sequences: int = Field(256, ge=1)
-    """At most so many held-out sequences are measured: evenly spaced, the same for any number of ranks."""
-    sequence_length: int = Field(1024, ge=2)
-    """S, tokens from one sequence to the next."""
-    window: Literal["overlap1", "psyche"] = "overlap1"
-    """overlap1: S+1 tokens are read and S predicted, so that no boundary token is lost; psyche: S tokens are read and
-    S-1 predicted, as Psyche cuts the same file."""
-    token_size: Annotated[Literal[2, 4] | None, WholeNumber] = None
-    """Bytes per token of files that do not say it (raw .bin and .npy, .ds without .metadata); none: 2."""
 
 
 class Model(Section):
@@ -98,6 +53,8 @@ class Train(Section):
     """Optimizer steps."""
     total_batch: int = Field(64, ge=1)
     """Sequences per step over all ranks. The batches do not depend on the number of ranks."""
+    batch_ramp: tuple[tuple[int, int], ...] = ()
+    """Changes of total_batch, as [[step, sequences], ...]: from that step on a step has so many."""
     micro_batch: int = Field(8, ge=1)
     """Sequences per forward pass of one rank; the gradient is accumulated over the rank's share of the batch."""
     autocast: Literal["none", "bfloat16"] = "none"
@@ -106,6 +63,16 @@ class Train(Section):
     """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Clip the gradient to this global norm; 0 leaves it as it is."""
+
+    @model_validator(mode="after")
+    def _ramp_ascends(self) -> "Train":
+        for (before, _), (step, batch) in itertools.pairwise([(0, 0), *self.batch_ramp]):
+            if step <= before or batch < 1:
+                raise ValueError(
+                    f"train.batch_ramp has [{step}, {batch}] after step {before}: expected ascending steps from 1 on, "
+                    "and at least 1 sequence"
+                )
+        return self
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "Train":
@@ -149,6 +116,9 @@ class Launch(Section):
     the Spark master is local."""
     ranks: int = Field(0, ge=0)
     """Number of ranks; 0: one per slot the cluster has."""
+    weights: Literal["equal", "measured"] | tuple[float, ...] = "equal"
+    """How ranks share a step's sequences: equally, by the speed that each measures when it starts, or by a number for
+    each rank."""
     launcher: Literal["torchrun", "direct"] = "torchrun"
     """Start ranks with torchrun, or (one rank per Spark task only) directly, which saves its start-up time."""
     threads: int = Field(0, ge=0)
@@ -162,6 +132,20 @@ class Launch(Section):
     killed, an executor lost."""
     min_ranks: int = Field(0, ge=0)
     """Go on with fewer ranks, at least so many, where executors are lost for good; 0: all are needed."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _word_of_the_command_line(cls, value: Any) -> Any:
+        """The command line makes a list of what may be one."""
+        if isinstance(value, list):
+            return value[0] if value in (["equal"], ["measured"]) else tuple(value)
+        return value
+
+    @model_validator(mode="after")
+    def _weights_are_speeds(self) -> "Launch":
+        if isinstance(self.weights, tuple) and not all(w > 0 and math.isfinite(w) for w in self.weights):
+            raise ValueError(f"launch.weights are {list(self.weights)}: expected numbers above 0")
+        return self
 
 
 class RunConfig(Section):
@@ -183,6 +167,14 @@ class RunConfig(Section):
     """What is kept to go on from."""
     launch: Launch = Launch()
     """How ranks are started."""
+
+    @model_validator(mode="after")
+    def _order_is_possible(self) -> "RunConfig":
+        if self.data.block > 1 and self.data.order != "shuffle":
+            raise ValueError(f"data.block is {self.data.block}, but only data.order shuffle moves blocks: set it to 1")
+        if self.data.order == "psyche" and not self.data.psyche_seed and self.run.seed >= 2**32:
+            raise ValueError(f"run.seed is {self.run.seed}, Psyche's are below 2^32: set another, or data.psyche_seed")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The settings that make it the same run: all but where it is stored and how launched, logged and reached."""
