@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sparktrain import failpoints
+from sparktrain.atomic import sync_directory, write_json
 from sparktrain.errors import LaunchError, ModelError
 
 
@@ -78,8 +79,9 @@ class Checkpoints:
 
     def seal(self, name: str, rank: int, parts: Mapping[str, Part]) -> None:
         """Say that all parts of ``rank`` are on disk."""
-        content = json.dumps({path: asdict(part) for path, part in parts.items()}).encode()
-        _write(self.directory(name) / f".rank-{rank:05d}.json", content)
+        write_json(
+            self.directory(name) / f".rank-{rank:05d}.json", {path: asdict(part) for path, part in parts.items()}
+        )
 
     def commit(self, manifest: Manifest, seconds: float) -> Manifest:
         """Wait until every rank has sealed its parts, then write the manifest: from here on the checkpoint exists."""
@@ -98,9 +100,9 @@ class Checkpoints:
                     f"checkpoint {manifest.name}: {path} has {found} bytes, {part.num_bytes} were written"
                 )
         complete = Manifest(**vars(manifest) | {"parts": parts})
-        _sync_directory(directory)
+        sync_directory(directory)
         failpoints.reach("checkpoint.manifest", step=manifest.step, generation=manifest.generation)
-        _write(self._manifest(manifest.name), (json.dumps(asdict(complete), indent=1) + "\n").encode())
+        write_json(self._manifest(manifest.name), asdict(complete))
         for rank in range(manifest.world):
             (directory / f".rank-{rank:05d}.json").unlink()
         return complete
@@ -166,6 +168,8 @@ class Checkpoints:
         for directory in self.path.glob("*/"):
             if directory.name not in known:
                 self._remove(directory.name)
+        for seal in self.path.glob("*/.rank-*.json"):  # of one that was committed and then killed
+            seal.unlink()
 
     def _names(self) -> list[str]:
         """Checkpoints with a manifest and parts, newest first."""
@@ -217,21 +221,3 @@ def _step_of(name: str) -> int:
 
 def _generation_of(name: str) -> int:
     return int(name.partition("-g")[2])
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(temporary, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

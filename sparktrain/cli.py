@@ -5,6 +5,7 @@ user's mistake into one line on stderr and an exit code. Parsing, merging and he
 """
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-from sparktrain.errors import ConfigError, SparktrainError
+from sparktrain.errors import ConfigError, LaunchError, SparktrainError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -73,6 +76,12 @@ def main(job: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.errno not in _DISK or os.environ.get("SPARKTRAIN_DEBUG"):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}: make room or mend the file system, then run it again", file=sys.stderr)
+        code = LaunchError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparktrain.errors import RunDirBusy
+from sparktrain.errors import ConfigError, RunDirBusy
 
 _ATTEMPTS = 40
 
@@ -28,8 +28,7 @@ def hold(file: Path, what: str) -> Iterator[None]:
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
     for attempt in itertools.count():
         try:
-            with open(file, "x", encoding="utf-8") as out:
-                json.dump(owner, out)
+            _create(file, json.dumps(owner))
             break
         except FileExistsError:
             holder = _read_lock(file)
@@ -39,7 +38,7 @@ def hold(file: Path, what: str) -> Iterator[None]:
             who = holder or {"pid": "unknown", "host": "an unknown host", "since": "an unknown time"}
             raise RunDirBusy(
                 f"{what} is in use by process {who['pid']} on {who['host']} since {who['since']}: "
-                f"wait for it or choose another run.dir; if that process is gone, remove {file}"
+                f"wait for it or choose another; if that process is gone, remove {file}"
             )
         else:
             _bury(file, holder)
@@ -47,6 +46,28 @@ def hold(file: Path, what: str) -> Iterator[None]:
         yield
     finally:
         file.unlink(missing_ok=True)
+
+
+def _create(file: Path, content: str) -> None:
+    """Make ``file`` whole or not at all; ``FileExistsError``: it is there."""
+    temporary = file.with_name(f".LOCK.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with open(file, "x", encoding="utf-8") as out:
+                out.write(content)
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise ConfigError(
+            f"{file} cannot be written: {error.strerror}; make room or choose another directory"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_lock(file: Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ Single files are written under a temporary name and renamed, so that no reader e
 
 import contextlib
 import datetime
+import io
 import json
 import os
 import uuid
@@ -32,6 +33,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from sparktrain.atomic import write, write_json
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, LaunchError
@@ -88,8 +90,8 @@ class RunDir:
         """Make the directory this run's, once :meth:`check` has passed and the run can start."""
         if not (self.path / "run.json").exists():
             made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": _now(), "identity": config.identity()}
-            _write_json(self.path / "run.json", made)
-        _write_json(self.path / "config.json", config.model_dump(mode="json"))
+            write_json(self.path / "run.json", made)
+        write_json(self.path / "config.json", config.model_dump(mode="json"))
 
     def run_id(self) -> str:
         """32 hex digits that name this run and no other."""
@@ -159,7 +161,7 @@ class RunDir:
         return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
-        _write_json(self.path / "plan.json", spec.to_json())
+        write_json(self.path / "plan.json", spec.to_json())
 
     def outcomes(self, generation: int) -> list[Outcome]:
         """Every output file of an attempt, by rank."""
@@ -175,8 +177,10 @@ class RunDir:
         return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
 
     def write_result(self, result: RunResult) -> None:
-        pq.write_table(result.rank_table, self.path / "metrics.parquet")
-        _write_json(self.path / "result.json", result.summary())
+        table = io.BytesIO()
+        pq.write_table(result.rank_table, table)
+        write(self.path / "metrics.parquet", table.getvalue())
+        write_json(self.path / "result.json", result.summary())
 
     def finished(self) -> RunResult | None:
         """The result of the attempt that finished, if one did."""
@@ -216,10 +220,10 @@ class RunDir:
         return spec if any(self.plan.glob("*.parquet")) else None
 
     def write_outcome(self, generation: int, outcome: RankResult | RankFailure) -> None:
-        _write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))
+        write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))
 
     def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
-        _write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
+        write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -228,16 +232,6 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
     return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
-
-
-def _write_json(path: Path, values: Any) -> None:
-    _write(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _read_json(path: Path) -> Any:

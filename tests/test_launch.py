@@ -278,10 +278,13 @@ def test_ranks_do_not_outlive_a_killed_torchrun(long_run: Any, tmp_path: Path) -
     assert end_of(child, 30)[0] == 7
 
 
-def test_ranks_do_not_outlive_a_killed_driver(long_run: Any, tmp_path: Path) -> None:
-    child = long_run("executors")
-    for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
-        if "jobs/train.py" in " ".join(process.cmdline()):
-            process.kill()
-    (tmp_path / "run" / "LOCK").unlink()  # nobody was left to remove it; a next start finds its process gone
-    wait_until_gone(tmp_path / "run", 5)
+@pytest.mark.parametrize(("mode", "killed"), [("executors", "the driver"), ("local", "spark-submit")])
+def test_ranks_do_not_outlive_a_killed_driver(long_run: Any, tmp_path: Path, mode: str, killed: str) -> None:
+    child = long_run(mode)
+    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    drivers = [p for p in family if "jobs/train.py" in " ".join(p.cmdline())]
+    for process in drivers if killed == "the driver" else [p for p in drivers if "java" in p.name()]:
+        process.kill()
+    if killed == "the driver":
+        (tmp_path / "run" / "LOCK").unlink(missing_ok=True)  # a next start finds its process gone
+    wait_until_gone(tmp_path / "run", 6)

@@ -22,6 +22,8 @@ from sparktrain.tokens import Shard
 
 # Each is a term of an SQL expression.
 _MOST_JUMPS = 100
+# Each has keys of its own, which the driver makes.
+_MOST_EPOCHS = 10_000
 
 
 def spec_of(config: RunConfig, shards: Sequence[Shard]) -> PlanSpec:
@@ -50,6 +52,12 @@ def spec_of(config: RunConfig, shards: Sequence[Shard]) -> PlanSpec:
             spec = replace(spec, skipped_places=skip.merge([*spec.skipped_places, place]))
     if len(spec.skipped_places) > _MOST_JUMPS:
         raise ConfigError(f"data.skip passes over more than {_MOST_JUMPS} ranges of steps: join some of them")
+    if spec.num_epochs > _MOST_EPOCHS:
+        raise ConfigError(
+            f"{spec.steps:,} steps of train.total_batch {spec.total_batch:,} are {spec.num_epochs:,} epochs of the "
+            f"{spec.num_microshards:,} sequences of data.path, more than {_MOST_EPOCHS:,}: lower train.steps or "
+            "train.total_batch, or give more data"
+        )
     return spec
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pyspark import SparkConf
 from pyspark.sql import SparkSession
 
 from sparktrain.errors import ConfigError
+from sparktrain.parent import follow_parent
 
 _HOW = (
     "install it (Debian, Ubuntu: apt-get install openjdk-17-jre-headless; macOS: brew install openjdk@17) "
@@ -30,6 +32,8 @@ def session(name: str) -> Iterator[SparkSession]:
         yield active
         return
     _check_java()
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        follow_parent(signal.SIGTERM)  # spark-submit's JVM, without which nobody could stop us
     if SparkConf().get("spark.master", "local").startswith("local"):
         # Without it Spark takes the first python3 of the PATH, which need not be the one that runs this.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)

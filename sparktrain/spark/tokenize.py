@@ -22,6 +22,7 @@ from pyspark.sql import SparkSession
 
 from sparktrain.config import Section
 from sparktrain.errors import DataError
+from sparktrain.lock import hold
 from sparktrain.tokens import corpus, directory, ds
 from sparktrain.tokens.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, load, train
 
@@ -39,7 +40,7 @@ class TokenizeConfig(Section):
     """Directory for train/, heldout/, tokenizer/ and manifest.json. Every executor must be able to write it."""
     tokenizer: Path | None = None
     """Existing Hugging Face tokenizer directory (tokenizer.json, eos_token set); none: train a byte-level BPE."""
-    vocab_size: int = Field(4096, ge=SMALLEST_VOCABULARY)
+    vocab_size: int = Field(4096, ge=SMALLEST_VOCABULARY, le=2**24)
     """Tokens in the vocabulary that is trained."""
     sample_bytes: int = Field(8_000_000, ge=1)
     """Train the tokenizer on about so much of the training text."""
@@ -56,7 +57,14 @@ def tokenize(spark: SparkSession, config: TokenizeConfig, partitions: int = 0) -
 
     Raises :class:`ConfigError` or :class:`DataError` with one line for what the user can mend.
     """
-    context, source, output = spark.sparkContext, str(config.input.resolve()), config.output.resolve()
+    output = config.output.resolve()
+    directory.check_parent(output)
+    with hold(output.with_name(f".{output.name}.LOCK"), f"output {output}"):
+        return _tokenize(spark, config, output, partitions)
+
+
+def _tokenize(spark: SparkSession, config: TokenizeConfig, output: Path, partitions: int) -> directory.TokenDir:
+    context, source = spark.sparkContext, str(config.input.resolve())
     settings = _settings(config)
     brought = load(config.tokenizer) if config.tokenizer else None
     made = directory.find(output, settings, brought.sha256 if brought else None)

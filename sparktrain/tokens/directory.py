@@ -48,6 +48,14 @@ class TokenDir:
         )
 
 
+def check_parent(path: Path) -> None:
+    """Make the directory that ``path`` is to be in; :class:`ConfigError` where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {path} cannot be written: {error.strerror}; choose another output") from None
+
+
 def find(path: Path, settings: dict[str, Any], tokenizer_sha256: str | None) -> TokenDir | None:
     """The complete directory at ``path`` if ``settings`` made it, None where there is room for one.
 
@@ -103,9 +111,10 @@ def commit(path: Path, manifest: dict[str, Any]) -> TokenDir:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest: Any = json.loads(file.read_bytes())
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    needed = {"settings", "tokenizer", "shards", "documents"}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not needed <= manifest.keys():
         raise ConfigError(f"output {file.parent} has a manifest.json that is not {FORMAT}: {_ELSEWHERE}")
     return manifest

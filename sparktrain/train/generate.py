@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 from transformers.utils import logging as transformers_logging
 
 from sparktrain.config import Section
-from sparktrain.errors import ModelError
+from sparktrain.errors import ConfigError, ModelError
 
 
 class Generate(Section):
@@ -19,7 +19,7 @@ class Generate(Section):
 
     model: Path
     """Run directory, or any Hugging Face model directory with a tokenizer."""
-    prompt: str
+    prompt: str = Field(min_length=1)
     """Text to go on from."""
     max_new_tokens: int = Field(128, ge=1)
     """Tokens to add, as far as the model's positions reach."""
@@ -27,7 +27,7 @@ class Generate(Section):
     """Sampling temperature; 0: always the likeliest token."""
     top_k: int = Field(50, ge=1)
     """Sample among the likeliest so many tokens."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the sampling."""
 
 
@@ -52,9 +52,26 @@ def generate(settings: Generate) -> Iterator[str]:
     if settings.temperature > 0:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
     inputs = tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False)
-    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    length, positions = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    if not 0 < length < positions:
+        raise ConfigError(
+            f"prompt has {length} tokens, the model {positions} positions: give a prompt of 1 to {positions - 1}"
+        )
+    room = positions - length
     options = {**inputs, **sampling, "streamer": streamer, "max_new_tokens": min(settings.max_new_tokens, room)}
-    thread = Thread(target=model.generate, kwargs=options, daemon=True)
+    failures: list[Exception] = []
+
+    def sample() -> None:
+        try:
+            model.generate(**options)
+        except Exception as error:  # raised again where the text is awaited
+            failures.append(error)
+        finally:
+            streamer.end()  # type: ignore[no-untyped-call]
+
+    thread = Thread(target=sample, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
+    if failures:
+        raise ModelError(f"{path} cannot be sampled from: {str(failures[0]).splitlines()[0]}") from failures[0]

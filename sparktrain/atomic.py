@@ -1,0 +1,39 @@
+"""Files that are there whole or not at all, also after a power cut."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` under a temporary name first; what was there stays until all of it is on disk."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """``values`` as JSON, by :func:`write`."""
+    write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in ``path`` to disk, where the system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
