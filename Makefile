@@ -30,6 +30,9 @@ lint: $(VENV)/.installed
 bench: java $(VENV)/.installed
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/distro.py
+	$(BIN)/python benchmarks/diloco.py
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/planner.py
 

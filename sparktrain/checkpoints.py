@@ -118,7 +118,7 @@ class Checkpoints:
     def newest(self) -> tuple[Manifest | None, list[str]]:
         """The newest checkpoint all of whose parts are whole, and what is wrong with each newer one."""
         damages = []
-        for name in self._names():
+        for name in self.names():
             try:
                 manifest = self.read(name)
             except ModelError as error:
@@ -132,7 +132,7 @@ class Checkpoints:
 
     def latest_step(self) -> int:
         """Steps of the newest checkpoint, whole or not; 0 before the first."""
-        return max((_step_of(name) for name in self._names()), default=0)
+        return max((_step_of(name) for name in self.names()), default=0)
 
     def damage(self, manifest: Manifest) -> str | None:
         """What is wrong with the parts of a checkpoint; None: nothing."""
@@ -157,21 +157,21 @@ class Checkpoints:
     def retain(self, keep_last: int, keep_every: int) -> None:
         """Remove the parts of all but the last ``keep_last``, those at multiples of ``keep_every`` steps (0: none)
         and pinned ones. Manifests and what lies outside the checkpoint's directory stay."""
-        for name in self._names()[keep_last:]:
+        for name in self.names()[keep_last:]:
             kept = keep_every and _step_of(name) % keep_every == 0
             if not kept and not (self.path / f"{name}.pin").exists():
                 self._remove(name)
 
     def sweep(self) -> None:
         """Remove what was begun and never committed. Only at the start of an attempt, which is the only writer."""
-        known = set(self._names())
+        known = set(self.names())
         for directory in self.path.glob("*/"):
             if directory.name not in known:
                 self._remove(directory.name)
         for seal in self.path.glob("*/.rank-*.json"):  # of one that was committed and then killed
             seal.unlink()
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         """Checkpoints with a manifest and parts, newest first."""
         names = [file.stem for file in self.path.glob("*-g*.json") if (self.path / file.stem).is_dir()]
         return sorted(names, key=lambda name: (_generation_of(name), _step_of(name)), reverse=True)

@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparktrain import cli, plan, tokens
+from sparktrain import cli, plan, tokens, verify
 from sparktrain.checkpoints import Checkpoints, Manifest, name_of
 from sparktrain.config import RunConfig
-from sparktrain.errors import Diverged, LaunchError, ModelError, Stopped, Superseded
+from sparktrain.errors import DataError, Diverged, LaunchError, ModelError, Stopped, Superseded
 from sparktrain.plan import PlanSpec
-from sparktrain.results import RankResult, RunResult
+from sparktrain.results import RankResult, RunResult, write_records
 from sparktrain.rundir import SAVE, STOP, RunDir
 from sparktrain.train import checkpoint, loop
 from sparktrain.train.requests import Requests
@@ -290,3 +290,48 @@ def test_state_survives_the_disk_to_the_bit(tmp_path: Path) -> None:
     file.write_bytes(b"\0" * 20)
     with pytest.raises(ModelError, match=r"state\.safetensors cannot be read"):
         checkpoint.read(file, torch.device("cpu"))
+
+
+def test_a_run_directory_is_verified_and_every_damage_found(
+    start: Callable[..., RunResult | None], tmp_path: Path, data: Path
+) -> None:
+    start(tmp_path, 2, stop_at=3)
+    result = start(tmp_path, 3)
+    assert result is not None
+    directory = RunDir(tmp_path)
+    for rank in result.ranks:
+        directory.write_outcome(2, rank)
+    directory.write_result(result)
+    (tmp_path / "config.json").write_text(cli.parse(RunConfig, tiny_argv(data, tmp_path)).model_dump_json())
+    shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
+    spec = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5)
+    directory.write_plan_spec(spec)
+
+    def verified() -> list[str]:
+        lines = []
+        try:
+            lines += verify.verify(verify.Verify(run_dir=tmp_path))
+        except DataError as error:
+            return [line for line in lines if line.startswith("WRONG")] or [str(error)]
+        return lines
+
+    assert [line.split(":")[0] for line in verified()] == [
+        "ok     plan",
+        "ok     checkpoints",
+        "ok     history",
+        "ok     result",
+    ]
+    wrong = {
+        "plan.json": lambda text: text.replace(b'"seed": 5', b'"seed": 6'),
+        f"checkpoints/{name_of(6, 2)}/model.safetensors": lambda content: content[:-1] + b"x",
+        "gen/000002/records-00001-000000004.parquet": lambda content: write_records(1, []),
+        "gen/000002/rank-00002.pickle": lambda content: content[:-9],
+    }
+    for name, damage in wrong.items():
+        file = tmp_path / name
+        before = file.read_bytes()
+        file.write_bytes(damage(before))
+        assert verified() != [], name
+        assert all(not line.startswith("ok") for line in verified()), name
+        file.write_bytes(before)
+    assert all(line.startswith("ok") for line in verified())

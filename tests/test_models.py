@@ -95,3 +95,18 @@ def test_sizes_that_are_not_those_of_the_model_to_start_from_are_refused(data: P
     assert models.model_config(cli.parse(RunConfig, argv)).num_hidden_layers == 2
     with pytest.raises(ConfigError, match=r"model\.sizes\.num_hidden_layers is 3, but .* has 2: remove it"):
         models.model_config(cli.parse(RunConfig, [*argv, "--model.sizes", '{"num_hidden_layers": 3}']))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ('{"vocab_size": 512, "hidden_size": -32, "num_attention_heads": 2}', "model.sizes"),
+        ('{"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 0}', "model.sizes"),
+        ('{"vocab_size": 512, "hidden_size": "wide"}', "model.sizes do not make a llama: .*hidden_size"),
+    ],
+)
+def test_sizes_that_make_no_model_are_one_line(data: Path, tmp_path: Path, sizes: str, message: str) -> None:
+    argv = [sizes if "num_key_value_heads" in word else word for word in tiny_argv(data, tmp_path / "run")]
+    with pytest.raises(ConfigError, match=message) as caught:
+        describe.describe(cli.parse(RunConfig, argv))
+    assert "\n" not in str(caught.value)

@@ -30,6 +30,8 @@ cloudpickle.register_pickle_by_value(task)  # type: ignore[no-untyped-call]
 
 
 _LOG_SERVER_SECONDS = 5.0
+_NO_MEMORY = "out of memory|can't allocate memory"
+_NO_MEMORY_HINT = ": lower train.micro_batch, or set model.gradient_checkpointing"
 # What a file system or a network says that may be well again a moment later.
 _REFUSALS = ("OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "TimeoutError")
 
@@ -107,7 +109,8 @@ def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchErro
     if causes:
         first = causes[0]
         where = f"rank {first.rank} on {first.host} failed: {first.kind}: "
-        found = LaunchError(f"{'' if first.kind == 'Stopped' else where}{first.message}")
+        hint = _NO_MEMORY_HINT if re.search(_NO_MEMORY, first.message, re.IGNORECASE) else ""
+        found = LaunchError(f"{'' if first.kind == 'Stopped' else where}{first.message}{hint}")
         found.exit_code = first.exit_code if first.exit_code != 1 else LaunchError.exit_code
         return found
     killed = [(exit_, rank, status) for exit_ in exits for rank, status in _statuses(exit_)]

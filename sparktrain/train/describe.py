@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparktrain.config import RunConfig, Strategy
-from sparktrain.errors import ModelError
+from sparktrain.errors import ConfigError, ModelError
 from sparktrain.train.models import model_config
 from sparktrain.train.strategies import STRATEGIES
 
@@ -25,6 +25,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
             )
     except ValueError as error:
         raise ModelError(f"the model is no causal language model: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, TypeError, ZeroDivisionError) as error:  # torch's, of sizes that transformers let pass
+        raise ConfigError(f"model.sizes make no model: {str(error).splitlines()[0]}") from None
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
     sections = {section().kind: section() for section in get_args(Strategy)} | {config.strategy.kind: config.strategy}
     world, element = config.launch.ranks, getattr(torch, config.model.dtype).itemsize

@@ -185,4 +185,6 @@ def _scratch_config(config: RunConfig) -> Any:
     try:
         return AutoConfig.for_model(settings.architecture, **sizes)
     except Exception as error:  # transformers validates sizes with several exception types
-        raise ConfigError(f"model.sizes do not make a {settings.architecture}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"model.sizes do not make a {settings.architecture}: {' '.join(str(error).split())}"
+        ) from None
