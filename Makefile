@@ -18,8 +18,9 @@ quickstart: java $(VENV)/.installed
 	$(SUBMIT) jobs/train.py conf/quickstart.toml --run.dir $(RUN) $(TRAIN_ARGS)
 	$(BIN)/python jobs/generate.py --model $(RUN) --prompt "def test_" --temperature 0.7 --seed 1
 
+# Two at a time, a file each: half of them wait for processes that they have started or killed.
 test: java lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
