@@ -193,7 +193,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
     ("content", "message"),
     [
         (LFS, "is a git-lfs pointer, not the file itself: run git lfs pull"),
-        (gzip.compress(bytes(99)), "is gzip-compressed: unpack it"),
+        (gzip.compress(bytes(99), mtime=0), "is gzip-compressed: unpack it"),
         (b"\x28\xb5\x2f\xfd" + bytes(99), "is zstd-compressed: unpack it"),
         (b"\n <!DOCTYPE html><title>404</title>", "is a web page, likely an error message"),
         (b"<html><body>404", "is a web page"),
