@@ -2,8 +2,8 @@
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -67,7 +67,7 @@ def attempt(data: Path) -> Callable[..., list[int]]:
         for rank in ranks:
             rank.start()
         while any(rank.exitcode is None for rank in ranks):
-            multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.exitcode is None], 60)
+            time.sleep(0.02)
             if any(rank.exitcode for rank in ranks):
                 for rank in ranks:
                     rank.kill()  # as torchrun does with what is left

@@ -282,7 +282,8 @@ def test_ranks_do_not_outlive_a_killed_torchrun(long_run: Any, tmp_path: Path) -
 def test_ranks_do_not_outlive_a_killed_driver(long_run: Any, tmp_path: Path, mode: str, killed: str) -> None:
     child = long_run(mode)
     family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
-    drivers = [p for p in family if "jobs/train.py" in " ".join(p.cmdline())]
+    alive = [p for p in family if p.status() != psutil.STATUS_ZOMBIE]
+    drivers = [p for p in alive if "jobs/train.py" in " ".join(p.cmdline())]
     for process in drivers if killed == "the driver" else [p for p in drivers if "java" in p.name()]:
         process.kill()
     if killed == "the driver":

@@ -184,7 +184,12 @@ def test_a_mistake_is_one_line_that_says_what_to_change(
 
 
 def test_a_shard_that_is_gone_is_named_and_not_taken_for_made(tmp_path: Path) -> None:
-    manifest = {"tokenizer": {"sha256": ""}, "settings": {}, "shards": [{"path": "train/a.ds", "bytes": 4}]}
+    manifest = {
+        "tokenizer": {"sha256": ""},
+        "settings": {},
+        "documents": {},
+        "shards": [{"path": "train/a.ds", "bytes": 4}],
+    }
     directory.claim(tmp_path)
     directory.commit(tmp_path, manifest)
     with pytest.raises(DataError, match=r"train/a\.ds is missing or torn"):

@@ -21,7 +21,7 @@ from sparktrain.spark import task
 from sparktrain.tokens.sources import absolute
 
 # Executors register a moment after the session is there.
-_REGISTRATION_SECONDS = 5.0
+_REGISTRATION_SECONDS = 8.0
 # Where an executor was lost, the cluster may start another.
 _REPLACEMENT_SECONDS = 20.0
 
@@ -36,7 +36,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
         mode = "local" if is_local_master(spark) else "executors"
     if mode == "executors":
         _check_scheduling(spark)
-        slots = _slots(spark)
+        slots = _slots(spark, config.launch.ranks)
         ranks, threads = config.launch.ranks or slots, int(_conf(spark, "spark.task.cpus", "1"))
         if ranks > slots:
             raise ConfigError(
@@ -187,15 +187,17 @@ def _check_scheduling(spark: SparkSession) -> None:
         )
 
 
-def _slots(spark: SparkSession) -> int:
-    """Barrier tasks the cluster can run at once, known to the JVM; 0 only after waiting for executors to register."""
+def _slots(spark: SparkSession, wanted: int = 0) -> int:
+    """Barrier tasks the cluster can run at once, known to the JVM; fewer than ``wanted``, or 0, only after waiting for
+    executors to register."""
     jvm = spark.sparkContext._jsc.sc()
     profile = jvm.resourceProfileManager().defaultResourceProfile()
     expected = int(_conf(spark, "spark.executor.instances", "1"))
     deadline = time.monotonic() + _REGISTRATION_SECONDS
     while True:
         slots, executors = int(jvm.maxNumConcurrentTasks(profile)), int(jvm.getExecutorMemoryStatus().size()) - 1
-        if (slots and (executors >= expected or is_local_master(spark))) or time.monotonic() > deadline:
+        enough = slots >= wanted if wanted else slots and executors >= expected
+        if enough or is_local_master(spark) or time.monotonic() > deadline:
             return slots
         time.sleep(0.1)
 
