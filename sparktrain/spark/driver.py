@@ -69,8 +69,7 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
             return finished
         prepared = _prepare(spark, config)
         directory.claim(config)
-        if directory.plan_spec() != prepared.spec:
-            planner.write_plan(spark, prepared.spec, directory)
+        planner.write_plan(spark, prepared.spec, directory)
         print(prepared.describe(), flush=True)
         return _train(spark, config, directory)
 
