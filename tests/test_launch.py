@@ -241,7 +241,7 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_end(
     out, _ = child.communicate(timeout=90)
     assert child.returncode == 0, out
     assert "was ended by SIGKILL" in out
-    assert "; restart 1 of 3 in 2 s" in out
+    assert "; restart 1 of 3 in 4 s" in out
     assert "going on from checkpoint 0000000" in out
     undisturbed = driver.run(spark, cli.parse(RunConfig, tiny_argv(data, tmp_path / "undisturbed", *flags)))
     assert digest_of(tmp_path / "run") == undisturbed.digest

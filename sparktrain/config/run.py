@@ -124,7 +124,11 @@ class Launch(Section):
     threads: int = Field(0, ge=0)
     """CPU threads per rank; 0: spark.task.cpus, or the machine's cores divided among local ranks."""
     collective_timeout: int = Field(600, ge=1)
-    """Seconds after which a rank that waits for another gives up."""
+    """Seconds after which a rank that waits for another gives up; what is no step, such as loading and saving, may
+    take nine tenths of it."""
+    step_timeout: int = Field(0, ge=0)
+    """Seconds without progress after which a rank hangs and all are started again; 0: 10 times the rank's slowest step,
+    at least 60, where it is silent or computes, and nine tenths of collective_timeout where it reads or waits."""
     grace: float = Field(4.0, ge=0, le=3600)
     """Seconds that ranks have to save a checkpoint when the run is interrupted; then they are ended."""
     max_restarts: int = Field(3, ge=0)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints
+from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig, Train
-from sparktrain.errors import ConfigError, DataError, Stopped
+from sparktrain.errors import ConfigError, DataError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
@@ -52,6 +52,7 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int)
 def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
     also writes the trained model."""
+    pulse.at("loads")
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
     model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
@@ -72,12 +73,13 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
         records, first_step_at = _run(training, saver, start.step if start else 0)
     if training.requests.asked.stop:
-        done = records[-1].step + 1
-        raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
+        raise training.requests.stopped(records[-1].step + 1, spec.steps)
+    pulse.at("saves", spec.steps)
     failpoints.reach("trained", rank=world.rank, generation=generation)
     strategy.sync()
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
+    pulse.at("saves")
     if world.rank == 0:
         models.save(model, config, directory.model)
     failpoints.reach("saved", rank=world.rank, generation=generation)
@@ -108,6 +110,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
             done = record.step + 1
             if record.step == first_step or done % config.run.log_every == 0:
                 _say(training.world, _line(record, spec))
+            pulse.at("saves")
             if requests.asked.save or (every and (done % every == 0 or done == spec.steps)):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
@@ -127,6 +130,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
+        pulse.at("reads", step)
         batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
@@ -136,6 +140,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
+        pulse.at("updates")
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
         strategy.step(lr, batch.num_targets)
@@ -164,6 +169,7 @@ def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
     ranks' counts are added up."""
     if not spec.leaves_targets_out:
         return spec.target_tokens(step)
+    pulse.at("agrees")
     targets = int(world.sum(batch.num_targets)[0])
     if not targets:
         raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
@@ -177,6 +183,7 @@ def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, se
     total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
     for part in batch.split(settings.micro_batch):
+        pulse.at("computes")
         loss = token_losses(model, part, settings.autocast)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

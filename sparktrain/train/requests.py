@@ -4,7 +4,8 @@ All must do the same in the same step, so what any of them was told is shared in
 or, where ranks take steps of their own that nobody should wait for, in every tenth.
 
 A run is asked by a file in its directory, ``SAVE`` or ``STOP``, or by SIGTERM to any of its ranks, which is what a
-cluster manager sends before it takes a machine away.
+cluster manager sends before it takes a machine away. A rank whose parent process is gone, with its executor or its
+torchrun, asks the same in its last seconds; but nobody wanted that run to end, so it is to be started again.
 """
 
 import math
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from sparktrain.errors import Diverged
+from sparktrain import pulse
+from sparktrain.errors import Diverged, Orphaned, SparktrainError, Stopped
 from sparktrain.parent import follow_parent
 from sparktrain.rundir import SAVE, STOP, RunDir
 from sparktrain.train.world import World
@@ -25,11 +27,13 @@ _EVERY_OF_LOCAL_STEPS = 10
 
 
 class Asked(NamedTuple):
-    """What to do after this step; ``seconds``: waited for the others to say so."""
+    """What to do after this step; ``seconds``: waited for the others to say so. ``orphan``: to stop because that rank's
+    parent is gone."""
 
     save: bool = False
     stop: bool = False
     seconds: float = 0.0
+    orphan: int | None = None
 
 
 class Requests:
@@ -38,26 +42,38 @@ class Requests:
     def __init__(self, directory: RunDir, world: World, local: bool) -> None:
         self._directory, self._world = directory, world
         self._every = _EVERY_OF_LOCAL_STEPS if local else 1
-        self._terminated = threading.Event()
+        self._terminated, self._parent = threading.Event(), os.getppid()
         self.asked = Asked()
 
     def agree(self, step: int, loss_sum: float) -> Asked:
         """What all ranks do after ``step``, kept in ``asked`` too. ``Diverged``, before anything is updated, where a
         loss is not a number."""
+        pulse.at("agrees")
         world, finite = self._world, math.isfinite(loss_sum)
         due = step % self._every == self._every - 1
-        stop = due and (self._told(STOP) or self._terminated.is_set())
-        said, seconds = [0.0 if finite else world.rank + 1.0, float(due and self._told(SAVE)), float(stop)], 0.0
+        told, ended = due and self._told(STOP), due and self._terminated.is_set()
+        orphan = ended and os.getppid() != self._parent
+        said = [0.0 if finite else world.rank + 1.0, float(due and self._told(SAVE))]
+        said += [float(told or (ended and not orphan)), world.rank + 1.0 if orphan else 0.0]
+        seconds = 0.0
         if due and world.size > 1:
             began = time.perf_counter()
             said = world.largest(*said)
             seconds = time.perf_counter() - began
-        bad, save, stop = int(said[0]), said[1] > 0, said[2] > 0
+        bad, save, stop, lost = int(said[0]), said[1] > 0, said[2] > 0, int(said[3])
         if bad:
             which = f"{loss_sum} in step {step}" if not finite else f"not a number in step {step}"
             raise Diverged(f"loss is {which} on rank {bad - 1}: lower optimizer.lr or check the data")
-        self.asked = Asked(save or stop, stop, seconds)
+        stopping = stop or lost > 0
+        self.asked = Asked(save or stopping, stopping, seconds, lost - 1 if lost and not stop else None)
         return self.asked
+
+    def stopped(self, done: int, steps: int) -> SparktrainError:
+        """What the run ends with that was asked to stop after ``done`` of ``steps``."""
+        where = f"after step {done} of {steps}"
+        if self.asked.orphan is not None:
+            return Orphaned(f"what started rank {self.asked.orphan} is gone: ended with a checkpoint {where}")
+        return Stopped(f"stopped {where}, as asked; the same command goes on from there")
 
     def met(self) -> None:
         """What was asked for is done."""
