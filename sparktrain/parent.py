@@ -13,7 +13,9 @@ import time
 
 
 def follow_parent(number: int = signal.SIGKILL) -> None:
-    """Have this process get signal ``number`` when its parent ends; called again, another one."""
+    """Have this process get signal ``number`` when its parent ends; called again, another one.
+
+    A process that is stopped gets SIGKILL and SIGCONT at once, all others only when it is continued."""
     parent = os.getppid()
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

@@ -12,7 +12,7 @@
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
       pulse-00000.json   rank     where it is, every second or so, in place (pulse.py)
-      over.json          driver   or the first task whose ranks fail: this attempt is to end, and why
+      over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
@@ -168,9 +168,9 @@ class RunDir:
     def over(self, generation: int) -> Path:
         return self.generation(generation) / "over.json"
 
-    def end(self, generation: int, why: str, kill: bool) -> None:
-        """Have the tasks of an attempt end its ranks, or wake them, to see for themselves that others have failed."""
-        write_json(self.over(generation), {"why": why, "kill": kill})
+    def end(self, generation: int, why: str) -> None:
+        """Have the tasks of an attempt kill its ranks."""
+        write_json(self.over(generation), {"why": why})
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())

@@ -111,11 +111,21 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("mode", ["local", "executors"])
-def test_a_stopped_rank_is_named_and_killed_and_the_run_goes_on_to_the_same_end(
-    spark: Any, data: Path, tmp_path: Path, disturbed: Any, mode: str, capfd: pytest.CaptureFixture[str]
+def test_a_stopped_rank_is_named_and_killed(disturbed: Any) -> None:
+    flags = ("--launch.step-timeout", "4", "--launch.grace", "1", "--launch.max-restarts", "0")
+    result, error, rank = disturbed(lambda process: process.suspend(), *flags)
+    assert result is None
+    assert str(error).startswith("rank 1 on ")
+    assert " hangs: no sign of life for " in str(error)
+    assert "(longer than launch.step_timeout allows); stacks are in " in str(error)
+    assert error.transient
+    assert is_gone(rank)
+
+
+def test_a_run_whose_rank_was_stopped_goes_on_by_itself_to_the_same_end(
+    spark: Any, data: Path, tmp_path: Path, disturbed: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ("--launch.mode", mode, "--launch.step-timeout", "4", "--launch.grace", "1")
+    flags = ("--launch.mode", "executors", "--launch.step-timeout", "4", "--launch.grace", "1")
     result, error, rank = disturbed(lambda process: process.suspend(), *flags)
     assert error is None
     assert is_gone(rank)
@@ -124,5 +134,5 @@ def test_a_stopped_rank_is_named_and_killed_and_the_run_goes_on_to_the_same_end(
     assert " hangs: no sign of life for " in out
     assert "; restart 1 of 3 in 1 s" in out
     assert result.ranks[0].resumed_from is not None
-    argv = tiny_argv(data, tmp_path / "undisturbed", *STEPS, "--launch.mode", mode)
+    argv = tiny_argv(data, tmp_path / "undisturbed", *STEPS)
     assert result.digest == driver.run(spark, cli.parse(RunConfig, argv)).digest

@@ -275,7 +275,10 @@ def test_ranks_do_not_outlive_a_killed_torchrun(long_run: Any, tmp_path: Path) -
     assert agent is not None
     agent.kill()
     wait_until_gone(tmp_path / "run", 5)
-    assert end_of(child, 30)[0] == 7
+    code, line = end_of(child, 30)
+    assert code == 7
+    assert line.startswith("error: torchrun of task 0 on ")
+    assert "was ended by SIGKILL" in line
 
 
 @pytest.mark.parametrize(("mode", "killed"), [("executors", "the driver"), ("local", "spark-submit")])

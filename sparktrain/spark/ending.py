@@ -41,27 +41,22 @@ def stop(child: subprocess.Popen[bytes], grace: float) -> None:
 
 @contextmanager
 def with_attempt(child: subprocess.Popen[bytes], run_dir: str, over: str, pulses: tuple[str, ...]) -> Iterator[None]:
-    """End ``child`` and its ranks, which write the files ``pulses``, where file ``over`` says so while inside.
+    """Kill ``child``'s ranks, which write the files ``pulses``, and it, when file ``over`` is made while inside.
 
-    A process that is stopped gets no signal but SIGKILL and SIGCONT, and the one that its parent's death sends is
-    neither. So where the driver says kill, ranks are killed one by one; and where ranks of another task have failed,
-    ours are waked, to find that out and to get what Spark and torchrun send them.
+    The ranks one by one: one that hangs may heed no signal but SIGKILL, and torchrun's end sends another.
     """
     left = threading.Event()
 
     def follow() -> None:
         while not left.wait(_POLL_SECONDS):
-            if not os.path.exists(over):
-                continue
-            kill = bool(_read(over).get("kill"))
-            for pid in _pids(run_dir, pulses):
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL if kill else signal.SIGCONT)
-            if kill:
+            if os.path.exists(over):
+                for pid in _pids(run_dir, pulses):
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, signal.SIGKILL)
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(_REPORT_SECONDS)
                 stop(child, 0.5)
-            return
+                return
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

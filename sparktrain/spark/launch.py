@@ -85,7 +85,7 @@ def launch(spark: SparkSession, job: task.Job, ranks: int, local: bool, use_gpu:
     directory = RunDir(job.run_dir)
 
     def end(why: str) -> None:
-        directory.end(job.generation, f"{why}; stacks are in {job.log_dir}", kill=True)
+        directory.end(job.generation, f"{why}; stacks are in {job.log_dir}")
 
     try:
         pulses = [directory.pulse(job.generation, rank) for rank in range(ranks)]
@@ -165,13 +165,9 @@ def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: tas
             if verdict.is_ignored():
                 context.cancelJobGroup(group)
     except BaseException:
-        directory = RunDir(job.run_dir)
         with contextlib.suppress(OSError):
-            directory.request_path(STOP).touch()
-        if not done.wait(job.grace):
-            with contextlib.suppress(OSError):  # a rank that is stopped would outlive its task
-                directory.end(job.generation, "interrupted", kill=True)
-            done.wait(1)
+            RunDir(job.run_dir).request_path(STOP).touch()
+        done.wait(job.grace)
         context.cancelJobGroup(group)
         done.wait(10)
         raise

@@ -168,12 +168,8 @@ def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
     sys.path[:] = _import_path(job.import_path)
     from sparktrain.rundir import RunDir
 
-    directory, host = RunDir(job.run_dir), socket.gethostname()
-    directory.write_exit(
-        job.generation, {"node": node, "host": host, "launcher": job.launcher, "status": status, "tail": tail}
-    )
-    if not directory.over(job.generation).exists():
-        directory.end(job.generation, f"ranks of task {node} on {host} failed", kill=False)
+    exit_ = {"node": node, "host": socket.gethostname(), "launcher": job.launcher, "status": status, "tail": tail}
+    RunDir(job.run_dir).write_exit(job.generation, exit_)
 
 
 def probe(

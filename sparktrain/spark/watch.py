@@ -31,8 +31,7 @@ class Verdict:
 def hung(over: Path) -> str | None:
     """Which rank hung, where an attempt was ended for that, by its file ``over``."""
     with suppress(OSError, ValueError):
-        said = json.loads(over.read_text(encoding="utf-8"))
-        return str(said["why"]) if said["kill"] else None
+        return str(json.loads(over.read_text(encoding="utf-8"))["why"])
     return None
 
 

@@ -91,22 +91,25 @@ class Requests:
         # never returns; the number of a signal is in the pipe at once.
         read, write = os.pipe()
         os.set_blocking(write, False)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        # SIGCONT, of our parent's end: a rank that is stopped then gets no other that it can handle.
+        heeded = (signal.SIGTERM, signal.SIGCONT)
+        before = {number: signal.signal(number, lambda number, frame: None) for number in heeded}
         wakeup = signal.set_wakeup_fd(write)
         watcher = threading.Thread(target=self._heed, args=(read, grace), daemon=True)
         watcher.start()
-        follow_parent(signal.SIGTERM)
+        follow_parent(signal.SIGCONT)
         try:
             yield
         finally:
             follow_parent()
             signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             os.close(write)
 
     def _heed(self, pipe: int, grace: float) -> None:
         while number := os.read(pipe, 1):
-            if number[0] == signal.SIGTERM:
+            if number[0] == signal.SIGTERM or os.getppid() != self._parent:
                 self._terminated.set()
                 last_resort = threading.Timer(grace, os._exit, [128 + signal.SIGTERM])
                 last_resort.daemon = True
