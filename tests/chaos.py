@@ -207,6 +207,7 @@ def argv_of(base: Path, run_dir: Path, steps: int, more: list[str]) -> list[str]
         run_dir,
         *("--train.steps", str(steps), "--run.log-every", "500", "--checkpoint.every", "40"),
         *("--launch.max-restarts", "1000", "--launch.grace", "2", "--launch.step-timeout", "10"),
+        *("--launch.collective-timeout", "60"),
         *more,
     )
 

@@ -63,6 +63,11 @@ class Train(Section):
     """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Clip the gradient to this global norm; 0 leaves it as it is."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a loss is not a number: stop, or leave out that step's update on all ranks (of strategies whose ranks take
+    steps of their own: on that rank)."""
+    max_skipped: int = Field(5, ge=1)
+    """Stop, too, after so many skipped steps in a row."""
 
     @model_validator(mode="after")
     def _ramp_ascends(self) -> "Train":
@@ -181,7 +186,9 @@ class RunConfig(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make it the same run: all but where it is stored and how launched, logged and reached."""
+        """The settings that make it the same run: all but where it is stored and how launched, logged, reached and
+        when it gives up."""
         reach = {"mirrors", "cache_dir", "cache_bytes"}
-        exclude: Any = {"launch": True, "checkpoint": True, "run": {"dir", "log_every"}, "data": reach}
+        policy = {"on_nonfinite", "max_skipped"}  # what stopped may go on with another
+        exclude: Any = {"train": policy, "launch": True, "checkpoint": True, "run": {"dir", "log_every"}, "data": reach}
         return self.model_dump(mode="json", exclude=exclude)

@@ -69,7 +69,9 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         checkpoint.restore(directory, start, strategy, world)
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
-    training = Training(directory, config, spec, world, model, strategy, Requests(directory, world, strategy.local))
+    skipped = config.train.max_skipped if config.train.on_nonfinite == "skip" else 0
+    requests = Requests(directory, world, strategy.local, skipped)
+    training = Training(directory, config, spec, world, model, strategy, requests)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
         records, first_step_at = _run(training, saver, start.step if start else 0)
     if training.requests.asked.stop:
@@ -141,9 +143,12 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         pulse.at("updates")
-        strategy.average_gradients()
-        norm = _clip(model, config.train.max_grad_norm)
-        strategy.step(lr, batch.num_targets)
+        if asked.skip:
+            norm = _skip(model, strategy, lr)
+        else:
+            strategy.average_gradients()
+            norm = _clip(model, config.train.max_grad_norm)
+            strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
@@ -162,6 +167,14 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             bytes_sent=int(moved["bytes_sent"]),
             bytes_received=int(moved["bytes_received"]),
         )
+
+
+def _skip(model: PreTrainedModel, strategy: Strategy, lr: float) -> float:
+    """Leave out an update; the norm of its gradient, which is not a number."""
+    model.zero_grad(set_to_none=True)
+    if strategy.local:  # the step counts, or this rank would come late to every sync; without gradients it does nothing
+        strategy.step(lr, 0)
+    return math.nan
 
 
 def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:

@@ -28,19 +28,22 @@ _EVERY_OF_LOCAL_STEPS = 10
 
 class Asked(NamedTuple):
     """What to do after this step; ``seconds``: waited for the others to say so. ``orphan``: to stop because that rank's
-    parent is gone."""
+    parent is gone. ``skip``: leave out its update."""
 
     save: bool = False
     stop: bool = False
     seconds: float = 0.0
     orphan: int | None = None
+    skip: bool = False
 
 
 class Requests:
-    """Those to the run in ``directory``. ``local``: its ranks take steps of their own."""
+    """Those to the run in ``directory``. ``local``: its ranks take steps of their own. ``max_skipped``: steps in a row
+    whose loss may be no number and which are skipped."""
 
-    def __init__(self, directory: RunDir, world: World, local: bool) -> None:
+    def __init__(self, directory: RunDir, world: World, local: bool, max_skipped: int = 0) -> None:
         self._directory, self._world = directory, world
+        self._local, self._max_skipped, self._skipped = local, max_skipped, 0
         self._every = _EVERY_OF_LOCAL_STEPS if local else 1
         self._terminated, self._parent = threading.Event(), os.getppid()
         self.asked = Asked()
@@ -61,12 +64,26 @@ class Requests:
             said = world.largest(*said)
             seconds = time.perf_counter() - began
         bad, save, stop, lost = int(said[0]), said[1] > 0, said[2] > 0, int(said[3])
-        if bad:
-            which = f"{loss_sum} in step {step}" if not finite else f"not a number in step {step}"
-            raise Diverged(f"loss is {which} on rank {bad - 1}: lower optimizer.lr or check the data")
+        skip = self._skips(step, loss_sum, bad - 1) if bad else False
+        if not skip:
+            self._skipped = 0
         stopping = stop or lost > 0
-        self.asked = Asked(save or stopping, stopping, seconds, lost - 1 if lost and not stop else None)
+        self.asked = Asked(save or stopping, stopping, seconds, lost - 1 if lost and not stop else None, skip)
         return self.asked
+
+    def _skips(self, step: int, loss_sum: float, rank: int) -> bool:
+        """Whether this rank leaves out the update of ``step``, in which the loss of ``rank`` is not a number."""
+        finite = math.isfinite(loss_sum)
+        what = f"{'not a number' if finite else loss_sum} in step {step} on rank {rank}"
+        if self._max_skipped and self._local and finite:
+            return False  # another rank's step of its own
+        if self._skipped >= self._max_skipped:
+            after = f" and {self._skipped} before it" if self._skipped else ""
+            raise Diverged(f"loss is {what}{after}: lower optimizer.lr or check the data")
+        self._skipped += 1
+        if rank == self._world.rank:
+            print(f"loss is {what}: skipped ({self._skipped} of {self._max_skipped} in a row)", flush=True)
+        return True
 
     def stopped(self, done: int, steps: int) -> SparktrainError:
         """What the run ends with that was asked to stop after ``done`` of ``steps``."""
