@@ -19,7 +19,7 @@ import traceback
 from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, Orphaned, SparktrainError
-from sparktrain.parent import follow_parent
+from sparktrain.parent import follow_parent, is_orphan
 from sparktrain.results import RankFailure, RankResult
 from sparktrain.rundir import RunDir
 
@@ -34,6 +34,8 @@ def run_rank(run_dir: str) -> RankResult:
     Writes the rank's output file, :class:`RankResult` or :class:`RankFailure`, and returns or raises the same.
     """
     follow_parent()
+    if (starter := os.environ.get("SPARKTRAIN_TASK")) and is_orphan(int(starter)):
+        raise Orphaned("what started this rank was gone before it began")
     try:
         failpoints.arm(os.environ.get("SPARKTRAIN_FAILPOINT", ""))
     except ValueError as error:

@@ -114,17 +114,22 @@ class Chaos:
         found = []
         for process in sorted(self._processes(), key=lambda p: p.pid):
             with contextlib.suppress(psutil.Error):
-                if kind_of(process) == kind.removeprefix("stopped ") and process.status() != psutil.STATUS_ZOMBIE:
+                if kind_of(process) == kind.removeprefix("stopped ") and is_alive(process):
                     found.append(process)
+        if kind == "stopped rank":  # one that has come so far as to follow its parent; before, only SIGKILL is fair
+            begun = {beat.pid for beat in self._pulses()}
+            found = [process for process in found if process.pid in begun]
         if kind in ("rank", "stopped rank", "torchrun") and len(found) < 2:
             return None  # an attempt that is just starting or ending
         return chance.choice(found) if found else None
 
+    def _pulses(self) -> list[pulse.Pulse]:
+        return pulse.read(self.directory.generation(self.directory.latest_generation()).glob("pulse-*.json"))
+
     def _kill(self, kind: str, victim: psutil.Process) -> None:
         self.kills += 1
         generation = self.directory.latest_generation()
-        beats = pulse.read(self.directory.generation(generation).glob("pulse-*.json"))
-        where = max((beat.step for beat in beats), default=-1)
+        where = max((beat.step for beat in self._pulses()), default=-1)
         step = f"step {where}" if where >= 0 else "before its first step"
         with contextlib.suppress(psutil.Error):
             victim.send_signal(signal.SIGSTOP if kind.startswith("stopped") else signal.SIGKILL)
@@ -186,9 +191,9 @@ def differences(disturbed: RunDir, undisturbed: RunResult) -> Iterator[str]:
     with contextlib.suppress(DataError):  # its summary of what it has said before
         yield from (line for line in verify(Verify(run_dir=disturbed.path)) if not line.startswith("ok"))
     hidden = [p for p in disturbed.path.rglob(".*") if not p.name.endswith(".crc")]
-    # Spark's own JVM, when it is killed, leaves its directories; they are Spark's to remove.
-    of_spark = ("spark-", "blockmgr-", "artifact", "hsperfdata")
-    foreign = [p for p in temporary_of(disturbed).iterdir() if not p.name.startswith(of_spark)]
+    # Spark's own JVM, when it is killed, leaves its directories; torch has one for its cache.
+    theirs = ("spark-", "blockmgr-", "artifact", "hsperfdata", "torchinductor_")
+    foreign = [p for p in temporary_of(disturbed).iterdir() if not p.name.startswith(theirs)]
     locks = [p for p in [disturbed.path / "LOCK"] if p.exists()]
     yield from (f"left behind: {path}" for path in [*hidden, *foreign, *locks])
 

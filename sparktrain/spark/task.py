@@ -115,6 +115,7 @@ def _environment(job: Job, master: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(_import_path(job.import_path)),
         "OMP_NUM_THREADS": str(job.threads),
         "SPARKTRAIN_GENERATION": str(job.generation),
+        "SPARKTRAIN_TASK": str(os.getpid()),
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[rank ${{rank}} {socket.gethostname()}] ",
     }
 
