@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from sparktrain.errors import LaunchError
 from sparktrain.pulse import Pulse
 from sparktrain.rundir import RunDir
 from sparktrain.spark import driver
-from tests.conftest import tiny_argv
+from tests.conftest import ROOT, tiny_argv
 
 STEPS = ("--train.steps", "40")
 LAUNCH = Launch(step_timeout=10, collective_timeout=100)
@@ -105,6 +107,21 @@ def disturbed(spark: Any, data: Path, tmp_path: Path) -> Iterator[Callable[..., 
         for left in pulse.read([file]):
             if psutil.pid_exists(left.pid) and str(tmp_path) in " ".join(psutil.Process(left.pid).cmdline()):
                 os.kill(left.pid, signal.SIGKILL)
+
+
+def test_a_process_knows_whether_who_started_it_is_there() -> None:
+    code = "import sys; from sparktrain.parent import is_orphan; print(is_orphan(int(sys.argv[1])))"
+
+    def said(starter: int, *by: str) -> str:
+        command = [*by, sys.executable, "-c", code, str(starter)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    by_a_shell = ("sh", "-c", '"$@"; exit $?', "sh")
+    assert said(os.getpid()) == said(os.getpid(), *by_a_shell) == "False"
+    other = subprocess.Popen(["sleep", "60"])
+    assert said(other.pid) == said(other.pid, *by_a_shell) == "True"
+    other.kill()
+    other.wait()
 
 
 def is_gone(process: psutil.Process) -> bool:
