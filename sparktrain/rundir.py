@@ -53,6 +53,11 @@ FORMAT = 1
 SAVE, STOP = "SAVE", "STOP"
 
 
+def is_run(path: Path) -> bool:
+    """Whether a run has claimed ``path``."""
+    return (path / "run.json").exists()
+
+
 class RunDir:
     """The run directory at ``path``. Making the object touches nothing."""
 

@@ -103,9 +103,9 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     records, first_step_at, every = [], 0.0, config.checkpoint.every
     with requests.heeding_sigterm(config.launch.grace):
         for record in _steps(training, first_step):
-            records.append(record)
             first_step_at = first_step_at or time.time()
             done = record.step + 1
+            records.append(_measured(training, record) if _is_due(config.eval.every, done, spec) else record)
             if record.step == first_step or done % config.run.log_every == 0:
                 _say(training.world, _line(record, spec))
             if requests.asked.save or (every and (done % every == 0 or done == spec.steps)):
@@ -116,6 +116,19 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
             if requests.asked.stop:
                 break
     return records, first_step_at
+
+
+def _is_due(every: int, done: int, spec: PlanSpec) -> bool:
+    """After the last step the loss is measured anyway."""
+    return bool(every) and done % every == 0 and done < spec.steps
+
+
+def _measured(training: Training, record: StepRecord) -> StepRecord:
+    """``record`` with the held-out loss of the weights that all ranks share after it, which changes nothing of them."""
+    shared = training.strategy.extract()
+    loss = heldout_loss(training.model, training.config, training.world, shared)
+    _say(training.world, f"step {record.step + 1}/{training.spec.steps}  held-out loss {_number(loss)}")
+    return record._replace(heldout_loss=loss)
 
 
 def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
@@ -136,12 +149,14 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
+        updating = time.perf_counter()
         strategy.average_gradients()
         norm = _clip(model, config.train.max_grad_norm)
         strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
+        optimizer_seconds = ended - updating - moved["seconds"]
         moved["seconds"] += asked.seconds
         yield StepRecord(
             step=step,
@@ -156,6 +171,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             payload_bytes=int(moved["payload_bytes"]),
             bytes_sent=int(moved["bytes_sent"]),
             bytes_received=int(moved["bytes_received"]),
+            optimizer_seconds=optimizer_seconds,
         )
 
 
