@@ -84,7 +84,7 @@ class RunDir:
                 f"run.dir {self.path} has format {known['format']}, this sparktrain writes {FORMAT}: "
                 "choose another run.dir"
             )
-        changed = _differences(known["identity"], config.identity())
+        changed = differences(known["identity"], config.identity())
         if changed:
             raise ConfigError(
                 f"run.dir {self.path} holds another run: {'; '.join(changed[:3])}"
@@ -231,11 +231,11 @@ class RunDir:
         write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """``key was old, is new`` for each leaf that differs between two settings trees."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
     return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
 
 
