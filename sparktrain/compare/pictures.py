@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from sparktrain.report.figures import COLORS, Numbers, Picture, heldout_points, panel, png, smoothed
 
@@ -56,16 +56,20 @@ def loss_over_bytes(comparison: "Comparison") -> Picture:
     for course in _courses(comparison):
         if not course.received.any():  # one rank
             continue
-        _draw(axes, course, np.where(course.received > 0, course.received, np.nan))
+        _draw(axes, course, course.received)
         x, y = course.over(course.received) if course.measured else (course.received, course.training)
         points.append(np.stack([x, y])[:, x > 0])
+        end = (course.received[-1], y[-1])
         axes.annotate(
-            course.label, (course.received[-1], y[-1]), (5, 5), textcoords="offset points", color=course.color
+            course.label, end, (0, -12), textcoords="offset points", color=course.color, ha="center", va="top"
         )
     if points:
         front = pareto_front(np.concatenate(points, axis=1))
         axes.step(*front, where="post", color="#888888", linestyle="--", linewidth=1.2, zorder=1, label="Pareto front")
-        axes.set_xscale("log")
+        axes.set_xscale("log", nonpositive="mask")
+        axes.set_xlim(front[0].min() / 1.5, max(x.max() for x, _ in points) * 1.5)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(y=0.12)
     axes.xaxis.set_major_formatter(EngFormatter("B"))
     return _finish(figure, axes)
 
@@ -115,5 +119,6 @@ def _figure(title: str, x: str) -> tuple[Picture, Axes]:
 
 
 def _finish(figure: Picture, axes: Axes) -> Picture:
-    axes.legend(frameon=False, title="points: held-out; lines: training, smoothed", title_fontsize=8)
+    if axes.lines:
+        axes.legend(frameon=False, title="with points: held-out; without: training, smoothed", title_fontsize=8)
     return figure

@@ -100,7 +100,7 @@ def _loss(axes: Axes, result: "RunResult", steps: Numbers, metrics: dict[str, An
     points = heldout_points(result)
     if points:
         at, losses = zip(*points, strict=True)
-        axes.plot(at, losses, "o-", color=COLORS[1], label="held-out", markersize=4)
+        axes.plot(at, losses, "o-" if len(points) > 2 else "o", color=COLORS[1], label="held-out", markersize=4)
     axes.legend(frameon=False)
 
 
@@ -139,6 +139,7 @@ def _times(axes: Axes, result: "RunResult") -> None:
         seconds = np.array([parts[name][ranks == number].sum() for number in numbers])
         axes.barh([str(n) for n in numbers], seconds, left=left, color=color, label=name, height=0.6)
         left += seconds
+    axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(numbers)), [f"rank {n}\n{hosts.get(n, '')}" for n in numbers])
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(6))

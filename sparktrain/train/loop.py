@@ -27,6 +27,8 @@ from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
 from sparktrain.train.world import World, start_world
 
+_BYTES = ("payload_bytes", "bytes_sent", "bytes_received")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -75,7 +77,7 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         done = records[-1].step + 1
         raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
     failpoints.reach("trained", rank=world.rank, generation=generation)
-    strategy.sync()
+    _sync(strategy, records)
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
     if world.rank == 0:
@@ -116,6 +118,16 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
             if requests.asked.stop:
                 break
     return records, first_step_at
+
+
+def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
+    """Bring ranks together at the end of the run, at the cost of the last step."""
+    before = vars(strategy.traffic).copy()
+    strategy.sync()
+    if records:
+        last, now = records[-1]._asdict(), vars(strategy.traffic)
+        moved = {name: last[name] + now[name] - before[name] for name in _BYTES}
+        records[-1] = records[-1]._replace(**moved)
 
 
 def _is_due(every: int, done: int, spec: PlanSpec) -> bool:
