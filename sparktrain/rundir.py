@@ -17,6 +17,7 @@
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
     result.json          driver   the summary; written last, so a run without it is not finished
+    report.html          anyone   a page about it (report/page.py)
 
 Single files are written under a temporary name and renamed, so that no reader ever sees half of one.
 """
@@ -65,6 +66,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
         self.model = self.path / "model"
+        self.report = self.path / "report.html"
         self.checkpoints = Checkpoints(self.path)
 
     # -- the driver's side ---------------------------------------------------------------------------------------

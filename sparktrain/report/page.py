@@ -66,9 +66,8 @@ def write_report(settings: Report) -> Path:
     result = directory.finished()
     if result is None:
         raise ConfigError(f"{directory.path} is not finished: start the same command again, then report on it")
-    path = directory.path / "report.html"
-    write(path, page(directory, result).encode())
-    return path
+    write(directory.report, page(directory, result).encode())
+    return directory.report
 
 
 def page(directory: RunDir, result: RunResult) -> str:
