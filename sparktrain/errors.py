@@ -57,6 +57,12 @@ class Superseded(SparktrainError):
     exit_code = 75
 
 
+class Changed(SparktrainError):
+    """Settings were changed that ranks read when they start: they are to start again."""
+
+    exit_code = 76
+
+
 class Stopped(SparktrainError):
     """The run was asked to stop, and did; it can go on."""
 

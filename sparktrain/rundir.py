@@ -8,6 +8,7 @@
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
+    changes/             anyone   see changes.py
     gen/000001/          driver   one attempt; made by an atomic mkdir
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines

@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
+from sparktrain.changes import Changes
 from sparktrain.config import RunConfig
-from sparktrain.errors import DataError, LaunchError
+from sparktrain.errors import Changed, DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
@@ -69,9 +70,8 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
             return finished
         prepared = _prepare(spark, config)
         directory.claim(config)
-        if directory.plan_spec() != prepared.spec:
-            planner.write_plan(spark, prepared.spec, directory)
-        print(prepared.describe(), flush=True)
+        planner.write_plan(spark, prepared.spec, directory)
+        print(prepared.describe(), *Changes(directory.path).describe(), sep="\n", flush=True)
         return _train(spark, config, directory)
 
 
@@ -107,6 +107,9 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResu
         try:
             return _attempt(spark, config, directory, ranks)
         except LaunchError as error:
+            if error.exit_code == Changed.exit_code:
+                print(error, flush=True)
+                continue
             failures += 1
             without_progress = 0 if directory.checkpoints.latest_step() > progress else without_progress + 1
             if not error.transient or failures > config.launch.max_restarts:

@@ -33,7 +33,7 @@ _LOG_SERVER_SECONDS = 5.0
 _NO_MEMORY = "out of memory|can't allocate memory"
 _NO_MEMORY_HINT = ": lower train.micro_batch, or set model.gradient_checkpointing"
 # What a file system or a network says that may be well again a moment later.
-_REFUSALS = ("OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "TimeoutError")
+_REFUSALS = ("Changed", "OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "TimeoutError")
 
 
 class RankDistributor(TorchDistributor):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparktrain import failpoints
 from sparktrain.config import RunConfig, Train
-from sparktrain.errors import ConfigError, DataError, Stopped
+from sparktrain.errors import Changed, ConfigError, DataError, Stopped
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
@@ -22,6 +22,7 @@ from sparktrain.train import checkpoint, models, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.live import Live
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
@@ -40,6 +41,7 @@ class Training:
     world: World
     model: PreTrainedModel
     strategy: Strategy
+    live: Live
     requests: Requests
 
 
@@ -56,6 +58,9 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     also writes the trained model."""
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
+    first_step = start.step if start else 0
+    live = Live(directory.path, config, world, first_step)
+    config = live.at(first_step)
     model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
     if spec.packed:
         check_separates(model)
@@ -68,11 +73,13 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     else:
         before = start.values["heldout_before"]
         checkpoint.restore(directory, start, strategy, world)
+        strategy.retune(config.optimizer, config.strategy)  # a change may count from this very step on
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
-    training = Training(directory, config, spec, world, model, strategy, Requests(directory, world, strategy.local))
+    requests = Requests(directory, world, strategy.local, live.waits)
+    training = Training(directory, config, spec, world, model, strategy, live, requests)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
-        records, first_step_at = _run(training, saver, start.step if start else 0)
+        records, first_step_at = _run(training, saver, first_step)
     if training.requests.asked.stop:
         done = records[-1].step + 1
         raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
@@ -101,22 +108,27 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
 def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) -> tuple[list[StepRecord], float]:
     """Every step from ``first_step`` on, with checkpoints, or until it is to stop; the records, and when the first step
     ended."""
-    config, spec, requests = training.config, training.spec, training.requests
-    records, first_step_at, every = [], 0.0, config.checkpoint.every
-    with requests.heeding_sigterm(config.launch.grace):
+    spec, live, requests = training.spec, training.live, training.requests
+    records, first_step_at = [], 0.0
+    with requests.heeding_sigterm(training.config.launch.grace):
         for record in _steps(training, first_step):
             first_step_at = first_step_at or time.time()
-            done = record.step + 1
-            records.append(_measured(training, record) if _is_due(config.eval.every, done, spec) else record)
+            config, done = live.at(record.step), record.step + 1
+            records.append(_measured(training, record, config.eval.every))
+            again = requests.asked.change and live.take(done)
+            every = config.checkpoint.every
             if record.step == first_step or done % config.run.log_every == 0:
                 _say(training.world, _line(record, spec))
-            if requests.asked.save or (every and (done % every == 0 or done == spec.steps)):
+            if requests.asked.save or again or (every and (done % every == 0 or done == spec.steps)):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
                 saver.wait()
                 requests.met()
             if requests.asked.stop:
                 break
+            if again:
+                saver.wait()
+                raise Changed(f"settings changed after step {done}: ranks start again with them")
     return records, first_step_at
 
 
@@ -125,32 +137,31 @@ def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
     before = vars(strategy.traffic).copy()
     strategy.sync()
     if records:
-        last, now = records[-1]._asdict(), vars(strategy.traffic)
-        moved = {name: last[name] + now[name] - before[name] for name in _BYTES}
-        records[-1] = records[-1]._replace(**moved)
+        last, now = records[-1], vars(strategy.traffic)
+        records[-1] = last._replace(**{name: getattr(last, name) + now[name] - before[name] for name in _BYTES})
 
 
-def _is_due(every: int, done: int, spec: PlanSpec) -> bool:
-    """After the last step the loss is measured anyway."""
-    return bool(every) and done % every == 0 and done < spec.steps
-
-
-def _measured(training: Training, record: StepRecord) -> StepRecord:
-    """``record`` with the held-out loss of the weights that all ranks share after it, which changes nothing of them."""
-    shared = training.strategy.extract()
-    loss = heldout_loss(training.model, training.config, training.world, shared)
-    _say(training.world, f"step {record.step + 1}/{training.spec.steps}  held-out loss {_number(loss)}")
+def _measured(training: Training, record: StepRecord, every: int) -> StepRecord:
+    """``record``, where it is due with the held-out loss of the weights that all ranks share; none of them changes."""
+    done, steps = record.step + 1, training.spec.steps
+    if not every or done % every or done == steps:
+        return record
+    loss = heldout_loss(training.model, training.config, training.world, training.strategy.extract())
+    _say(training.world, f"step {done}/{steps}  held-out loss {_number(loss)}")
     return record._replace(heldout_loss=loss)
 
 
 def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
-    strategy, requests = training.strategy, training.requests
+    strategy, live, requests = training.strategy, training.live, training.requests
     shards = opener(config.data, known(spec.shards))
     speeds = speed.of_ranks(model, config, spec, world)
     batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
     for step in range(first_step, spec.steps):
+        if (now := live.at(step)) is not config:
+            config = now
+            strategy.retune(config.optimizer, config.strategy)
         began = time.perf_counter()
         batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)

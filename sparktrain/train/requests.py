@@ -3,8 +3,8 @@
 All must do the same in the same step, so what any of them was told is shared in one small all-reduce: in every step,
 or, where ranks take steps of their own that nobody should wait for, in every tenth.
 
-A run is asked by a file in its directory, ``SAVE`` or ``STOP``, or by SIGTERM to any of its ranks, which is what a
-cluster manager sends before it takes a machine away.
+A run is asked by a file in its directory, ``SAVE``, ``STOP`` or a change of settings, or by SIGTERM to any of its
+ranks, which is what a cluster manager sends before it takes a machine away.
 """
 
 import math
@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -29,14 +29,16 @@ class Asked(NamedTuple):
 
     save: bool = False
     stop: bool = False
+    change: bool = False
     seconds: float = 0.0
 
 
 class Requests:
-    """Those to the run in ``directory``. ``local``: its ranks take steps of their own."""
+    """Those to the run in ``directory``. ``local``: its ranks take steps of their own; ``waits``: whether a
+    change of settings does, as far as this rank knows."""
 
-    def __init__(self, directory: RunDir, world: World, local: bool) -> None:
-        self._directory, self._world = directory, world
+    def __init__(self, directory: RunDir, world: World, local: bool, waits: Callable[[], bool]) -> None:
+        self._directory, self._world, self._change_waits = directory, world, waits
         self._every = _EVERY_OF_LOCAL_STEPS if local else 1
         self._terminated = threading.Event()
         self.asked = Asked()
@@ -47,16 +49,17 @@ class Requests:
         world, finite = self._world, math.isfinite(loss_sum)
         due = step % self._every == self._every - 1
         stop = due and (self._told(STOP) or self._terminated.is_set())
-        said, seconds = [0.0 if finite else world.rank + 1.0, float(due and self._told(SAVE)), float(stop)], 0.0
+        asked = [due and self._told(SAVE), stop, due and self._change_waits()]
+        said, seconds = [0.0 if finite else world.rank + 1.0, *map(float, asked)], 0.0
         if due and world.size > 1:
             began = time.perf_counter()
             said = world.largest(*said)
             seconds = time.perf_counter() - began
-        bad, save, stop = int(said[0]), said[1] > 0, said[2] > 0
+        bad, (save, stop, change) = int(said[0]), (value > 0 for value in said[1:])
         if bad:
             which = f"{loss_sum} in step {step}" if not finite else f"not a number in step {step}"
             raise Diverged(f"loss is {which} on rank {bad - 1}: lower optimizer.lr or check the data")
-        self.asked = Asked(save or stop, stop, seconds)
+        self.asked = Asked(save or stop, stop, change, seconds)
         return self.asked
 
     def met(self) -> None:
