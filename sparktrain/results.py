@@ -18,10 +18,15 @@ from sparktrain.errors import Diverged, LaunchError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 class StepRecord(NamedTuple):
-    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds."""
+    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds.
+
+    ``optimizer_seconds``, a part of ``compute_seconds``: from the gradient to the update. ``heldout_loss``: nats per
+    token after the step, the same on all ranks; None where it was not measured.
+    """
 
     step: int
     loss_sum: float
@@ -35,6 +40,12 @@ class StepRecord(NamedTuple):
     payload_bytes: int
     bytes_sent: int
     bytes_received: int
+    optimizer_seconds: float = 0.0
+    heldout_loss: float | None = None
+
+
+_TOTALS = [name for name in StepRecord._fields if name.endswith(("_seconds", "_bytes")) or name.startswith("bytes_")]
+_TYPES = {name: pa.int64() if kind is int else pa.float64() for name, kind in StepRecord.__annotations__.items()}
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,8 @@ def read_records(content: bytes) -> list[tuple[int, StepRecord]]:
 
 
 def _table_of(records: Sequence[tuple[int, StepRecord]]) -> pa.Table:
-    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records])
+    schema = pa.schema({"rank": pa.int64()} | _TYPES)
+    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records], schema)
 
 
 @dataclass(frozen=True)
@@ -165,16 +177,13 @@ class RunResult:
         for _, record in self._records():
             by_step.setdefault(record.step, []).append(record)
         steps = []
-        for _, records in sorted(by_step.items()):
-            tokens = sum(r.tokens for r in records)
-            merged = {"step": records[0].step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
-            merged |= {"lr": records[0].lr}
-            merged |= {
-                name: max(getattr(r, name) for r in records)
-                for name in StepRecord._fields[StepRecord._fields.index("grad_norm") :]
-            }
-            steps.append(merged)
-        return pa.Table.from_pylist(steps)
+        for step, records in sorted(by_step.items()):
+            tokens, first = sum(r.tokens for r in records), records[0]
+            merged: dict[str, Any] = {"step": step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
+            merged |= {"lr": first.lr, "heldout_loss": first.heldout_loss}
+            steps.append(merged | {n: max(getattr(r, n) for r in records) for n in ("grad_norm", "seconds", *_TOTALS)})
+        types = [(name, kind) for name, kind in _TYPES.items() if name not in ("step", "loss_sum")]
+        return pa.Table.from_pylist(steps, pa.schema([("step", pa.int64()), ("loss", pa.float64()), *types]))
 
     @property
     def rank_table(self) -> pa.Table:
@@ -192,17 +201,19 @@ class RunResult:
 
     def metrics_frame(self, spark: Any) -> Any:
         """:attr:`table` as a Spark frame of session ``spark``."""
-        return spark.createDataFrame(self.table.to_pylist())
+        return spark.createDataFrame(self.table)
+
+    def plot(self) -> "Figure":
+        """Loss, learning rate, gradient norm, tokens/s, bytes and the ranks' time; ConfigError without matplotlib."""
+        from sparktrain.report.figures import run_figure
+
+        return run_figure(self)
 
     def summary(self) -> dict[str, Any]:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
 
-        def total(name: str) -> Any:
-            return pc.sum(table[name]).as_py()
-
-        seconds = total("seconds")
-        tokens = total("tokens")
+        totals = {name: pc.sum(table[name]).as_py() for name in ("tokens", "seconds", *_TOTALS)}
         return {
             "run_dir": self.run_dir,
             "world_size": first.world,
@@ -213,21 +224,16 @@ class RunResult:
             "loss_last": table["loss"][-1].as_py(),
             "heldout_loss_before": first.heldout_before,
             "heldout_loss_after": first.heldout_after,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            **{name: total(name) for name in StepRecord._fields[StepRecord._fields.index("data_seconds") :]},
+            "tokens_per_second": totals["tokens"] / totals["seconds"],
+            **totals,
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }
 
     def report(self) -> str:
         """:meth:`summary` for people."""
         s = self.summary()
-        held = (
-            f"held-out loss {s['heldout_loss_before']:.4f} -> {s['heldout_loss_after']:.4f}\n"
-            if s["heldout_loss_before"] is not None
-            else ""
-        )
+        before, after = s["heldout_loss_before"], s["heldout_loss_after"]
+        held = f"held-out loss {before:.4f} -> {after:.4f}\n" if before is not None else ""
         digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
         skipped = f", {s['skipped_steps']} skipped for a loss that is no number" if s["skipped_steps"] else ""
         return (

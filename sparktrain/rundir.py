@@ -20,6 +20,7 @@
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
     result.json          driver   the summary; written last, so a run without it is not finished
+    report.html          anyone   a page about it (report/page.py)
 
 Single files are written under a temporary name and renamed, so that no reader ever sees half of one.
 """
@@ -55,6 +56,11 @@ from sparktrain.results import (
 FORMAT, SAVE, STOP = 1, "SAVE", "STOP"
 
 
+def is_run(path: Path) -> bool:
+    """Whether a run has claimed ``path``."""
+    return (path / "run.json").exists()
+
+
 class RunDir:
     """The run directory at ``path``. Making the object touches nothing."""
 
@@ -62,6 +68,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
         self.model = self.path / "model"
+        self.report = self.path / "report.html"
         self.checkpoints = Checkpoints(self.path)
 
     # -- the driver's side ---------------------------------------------------------------------------------------
@@ -81,7 +88,7 @@ class RunDir:
                 f"run.dir {self.path} has format {known['format']}, this sparktrain writes {FORMAT}: "
                 "choose another run.dir"
             )
-        changed = _differences(known["identity"], config.identity())
+        changed = differences(known["identity"], config.identity())
         if changed:
             raise ConfigError(
                 f"run.dir {self.path} holds another run: {'; '.join(changed[:3])}"
@@ -239,11 +246,11 @@ class RunDir:
         write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """``key was old, is new`` for each leaf that differs between two settings trees."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
     return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
 
 

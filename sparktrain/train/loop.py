@@ -28,6 +28,8 @@ from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
 from sparktrain.train.world import World, start_world
 
+_BYTES = ("payload_bytes", "bytes_sent", "bytes_received")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -84,7 +86,7 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         raise training.requests.stopped(records[-1].step + 1, spec.steps)
     pulse.at("saves", spec.steps)
     failpoints.reach("trained", rank=world.rank, generation=generation)
-    strategy.sync()
+    _sync(strategy, records)
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
     pulse.at("saves")
@@ -113,9 +115,9 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     records, first_step_at = [], 0.0
     with requests.heeding_sigterm(training.config.launch.grace):
         for record in _steps(training, first_step):
-            records.append(record)
             first_step_at = first_step_at or time.time()
             config, done = live.at(record.step), record.step + 1
+            records.append(_measured(training, record, config.eval.every))
             again = requests.asked.change and live.take(done)
             every = config.checkpoint.every
             if record.step == first_step or done % config.run.log_every == 0:
@@ -132,6 +134,25 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
                 saver.wait()
                 raise Changed(f"settings changed after step {done}: ranks start again with them")
     return records, first_step_at
+
+
+def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
+    """Bring ranks together at the end of the run, at the cost of the last step."""
+    before = vars(strategy.traffic).copy()
+    strategy.sync()
+    if records:
+        last, now = records[-1], vars(strategy.traffic)
+        records[-1] = last._replace(**{name: getattr(last, name) + now[name] - before[name] for name in _BYTES})
+
+
+def _measured(training: Training, record: StepRecord, every: int) -> StepRecord:
+    """``record``, where it is due with the held-out loss of the weights that all ranks share; none of them changes."""
+    done, steps = record.step + 1, training.spec.steps
+    if not every or done % every or done == steps:
+        return record
+    loss = heldout_loss(training.model, training.config, training.world, training.strategy.extract())
+    _say(training.world, f"step {done}/{steps}  held-out loss {_number(loss)}")
+    return record._replace(heldout_loss=loss)
 
 
 def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
@@ -156,6 +177,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
+        updating = time.perf_counter()
         pulse.at("updates")
         if asked.skip:
             norm = _skip(model, strategy, lr)
@@ -166,6 +188,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
+        optimizer_seconds = ended - updating - moved["seconds"]
         moved["seconds"] += asked.seconds
         yield StepRecord(
             step=step,
@@ -180,6 +203,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             payload_bytes=int(moved["payload_bytes"]),
             bytes_sent=int(moved["bytes_sent"]),
             bytes_received=int(moved["bytes_received"]),
+            optimizer_seconds=optimizer_seconds,
         )
 
 
