@@ -21,8 +21,10 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.spark.evaluate import evaluate
+from sparktrain.tokens import tokenizer
 from sparktrain.train import loop
 from sparktrain.train.evaluate import measure
+from sparktrain.train.generate import Generate, generate
 from sparktrain.train.world import World
 from tests.conftest import run_on_ranks, tiny_argv
 
@@ -56,9 +58,12 @@ def train(data: Path, path: Path, *flags: str) -> RunResult:
 
 @pytest.fixture(scope="module")
 def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with checkpoints after 3 and 6 steps."""
+    """A finished run with a tokenizer and checkpoints after 3 and 6 steps."""
     path = tmp_path_factory.mktemp("evaluate") / "run"
-    train(data, path, "--checkpoint.every", "3", "--checkpoint.keep-last", "2")
+    (path.parent / "tokenizer").mkdir()
+    tokenizer.train(["def test(self): return self.test\n"], 260).save(path.parent / "tokenizer")
+    argv = ("--checkpoint.every", "3", "--checkpoint.keep-last", "2")
+    train(data, path, *argv, "--model.tokenizer", str(path.parent / "tokenizer"))
     return path
 
 
@@ -222,3 +227,23 @@ def test_a_run_that_is_not_finished_is_its_newest_whole_checkpoint(run_dir: Path
     shutil.rmtree(unfinished / "checkpoints")
     with pytest.raises(ModelError, match="has no model yet, it is not finished and has no checkpoint: train on"):
         trained.find(unfinished)
+
+
+def test_text_is_sampled_from_runs_checkpoints_and_directories_piece_by_piece(run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "000000006-g000001"
+    # The tiny model's vocabulary is larger than the tokenizer's: what it knows not, it leaves out.
+    texts = [
+        list(generate(Generate(model=model, prompt="def test", max_new_tokens=12, seed=3)))
+        for model in (run_dir, checkpoint, run_dir / "model")
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    assert "".join(texts[0]).startswith("def test")
+    shutil.copytree(run_dir / "model", mute := tmp_path / "mute", ignore=shutil.ignore_patterns("token*"))
+    with pytest.raises(ModelError, match="holds no tokenizer: expected .*tokenizer.json; put the model's own there"):
+        next(generate(Generate(model=mute, prompt="def")))
+    with pytest.raises(ConfigError, match="prompt has 1[0-9][0-9] tokens, the model 128 positions"):
+        next(generate(Generate(model=run_dir, prompt="x" * 140)))
+    (mute / "tokenizer.json").write_text("{}")
+    (mute / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="mute cannot be loaded"):
+        next(generate(Generate(model=mute, prompt="def")))

@@ -9,14 +9,10 @@ import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import groupby, islice
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from sparktrain import pulse, tokens
 from sparktrain.config import RunConfig
@@ -25,8 +21,8 @@ from sparktrain.evaluation import Share, Work
 from sparktrain.plan import slots_of, spread_windows, window_length
 from sparktrain.tokens.sequences import IGNORED, Window, stack
 from sparktrain.tokens.sources.reach import known, opener
+from sparktrain.train import models
 from sparktrain.train.batch import Batch, check_separates, logits
-from sparktrain.train.models import check_causal
 from sparktrain.train.world import World
 
 
@@ -100,8 +96,8 @@ def measure(work: Work) -> Share:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    model = _loaded(work.model).to(device)
-    check_causal(model)
+    model = models.load(work.model).to(device)
+    models.check_causal(model)
     total, targets, checked = Fraction(0), 0, False
     windows = _windows(work)
     while part := list(islice(windows, work.micro_batch)):
@@ -129,16 +125,3 @@ def _windows(work: Work) -> Iterator[Window]:
         with contextlib.closing(tokens.TokenFile(shard, open_)) as file:
             for _, start in starts:
                 yield file.window(start, length, documents=False)
-
-
-def _loaded(directory: Path) -> Any:
-    """The model at ``directory`` in evaluation mode. Weights that the files lack would be drawn at random."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    loader: Any = AutoModelForCausalLM
-    try:
-        model, told = loader.from_pretrained(directory, use_safetensors=True, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if told["missing_keys"]:
-        raise ModelError(f"{directory} lacks the weights of {sorted(told['missing_keys'])[0]}: it was not copied whole")
-    return model.eval()

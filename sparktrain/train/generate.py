@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, TextIteratorStreamer
 
 from sparktrain import trained
 from sparktrain.config import Section
 from sparktrain.errors import ConfigError, ModelError
+from sparktrain.train import models
 
 
 class Generate(Section):
@@ -43,9 +43,7 @@ def generate(settings: Generate) -> Iterator[str]:
         raise ModelError(
             f"{path} holds no tokenizer: expected {directory / 'tokenizer.json'}; put the model's own there"
         )
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True).eval()  # type: ignore[no-untyped-call]
+    model, tokenizer = models.load(directory), AutoTokenizer.from_pretrained(directory)
     torch.manual_seed(settings.seed)
     streamer = TextIteratorStreamer(tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}
