@@ -12,7 +12,7 @@
     gen/000001/          driver   one attempt; made by an atomic mkdir
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
-      pulse-00000.json   rank     where it is, every second or so, in place (pulse.py)
+      heartbeat-00000.json  rank  where it is, every second or so, in place (heartbeat.py)
       over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
       logs/              torchrun what each rank printed
@@ -170,8 +170,8 @@ class RunDir:
         """A rank's steps from the checkpoint before to that at ``step``."""
         return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
 
-    def pulse(self, generation: int, rank: int) -> Path:
-        return self.generation(generation) / f"pulse-{rank:05d}.json"
+    def heartbeat(self, generation: int, rank: int) -> Path:
+        return self.generation(generation) / f"heartbeat-{rank:05d}.json"
 
     def over(self, generation: int) -> Path:
         return self.generation(generation) / "over.json"

@@ -50,9 +50,9 @@ class Job:
     grace: float
 
 
-def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str, pulses: tuple[str, ...]) -> None:
+def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str, heartbeats: tuple[str, ...]) -> None:
     """Run ``python -m module job.run_dir`` as this task's ranks, until all have ended, or file ``over`` says that the
-    attempt has. ``pulses``: the files in which ranks say where they are, by rank.
+    attempt has. ``heartbeats``: the files in which ranks say where they are, by rank.
 
     Stands where TorchDistributor's ``_run_training_on_pytorch_file`` stood: called in a barrier task, or in the
     driver in local mode. Streams the ranks' lines to the driver as ``[rank 3 host]``. Raises RuntimeError where
@@ -77,7 +77,7 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
         start_new_session=True,
         preexec_fn=die_with_parent if sys.platform == "linux" else None,
     )
-    mine = pulses[node * per_node : (node + 1) * per_node]
+    mine = heartbeats[node * per_node : (node + 1) * per_node]
     try:
         with with_attempt(child, job.run_dir, over, mine):
             tail = _pump(child, prefix, input_params.get("log_streaming_client"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints, pulse
+from sparktrain import failpoints, heartbeat
 from sparktrain.config import RunConfig, Train
 from sparktrain.errors import Changed, ConfigError, DataError
 from sparktrain.plan import PlanSpec
@@ -56,7 +56,7 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int)
 def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
     also writes the trained model."""
-    pulse.at("loads")
+    heartbeat.at("loads")
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
     first_step = start.step if start else 0
@@ -84,12 +84,12 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         records, first_step_at = _run(training, saver, first_step)
     if training.requests.asked.stop:
         raise training.requests.stopped(records[-1].step + 1, spec.steps)
-    pulse.at("saves", spec.steps)
+    heartbeat.at("saves", spec.steps)
     failpoints.reach("trained", rank=world.rank, generation=generation)
     _sync(strategy, records)
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
-    pulse.at("saves")
+    heartbeat.at("saves")
     if world.rank == 0:
         models.save(model, config, directory.model)
     failpoints.reach("saved", rank=world.rank, generation=generation)
@@ -122,7 +122,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
             every = config.checkpoint.every
             if record.step == first_step or done % config.run.log_every == 0:
                 _say(training.world, _line(record, spec))
-            pulse.at("saves")
+            heartbeat.at("saves")
             if requests.asked.save or again or (every and (done % every == 0 or done == spec.steps)):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
@@ -167,7 +167,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             config = now
             strategy.retune(config.optimizer, config.strategy)
         began = time.perf_counter()
-        pulse.at("reads", step)
+        heartbeat.at("reads", step)
         batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
@@ -178,7 +178,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         updating = time.perf_counter()
-        pulse.at("updates")
+        heartbeat.at("updates")
         if asked.skip:
             norm = _skip(model, strategy, lr)
         else:
@@ -220,7 +220,7 @@ def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
     ranks' counts are added up."""
     if not spec.leaves_targets_out:
         return spec.target_tokens(step)
-    pulse.at("agrees")
+    heartbeat.at("agrees")
     targets = int(world.sum(batch.num_targets)[0])
     if not targets:
         raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
@@ -234,7 +234,7 @@ def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, se
     total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
     for part in batch.split(settings.micro_batch):
-        pulse.at("computes")
+        heartbeat.at("computes")
         loss = token_losses(model, part, settings.autocast)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
