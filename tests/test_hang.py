@@ -124,6 +124,27 @@ def test_a_process_knows_whether_who_started_it_is_there() -> None:
     other.wait()
 
 
+def test_a_rank_that_is_stopped_ends_when_its_parent_does(tmp_path: Path) -> None:
+    code = """
+import sys, time, torch
+from sparktrain.rundir import RunDir
+from sparktrain.train.requests import Requests
+from sparktrain.train.world import World
+with Requests(RunDir(sys.argv[1]), World(0, 1, torch.device("cpu"), "here"), False, bool).heeding_sigterm(0.2):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code, str(tmp_path)]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    (rank,) = psutil.Process(parent.pid).children()
+    rank.suspend()
+    parent.kill()
+    parent.wait()
+    assert rank in psutil.wait_procs([rank], timeout=20)[0]
+
+
 def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
