@@ -5,6 +5,7 @@ unpickler that admits these classes and nothing else, so a planted pickle is ref
 """
 
 import io
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sparktrain import windows
 from sparktrain.errors import Diverged, LaunchError
 
 if TYPE_CHECKING:
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class StepRecord(NamedTuple):
-    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds."""
+    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds.
+
+    ``examples``: sequences trained on. ``delta_norm``: in a step that ends a round, the L2 norm of what this rank
+    changed of the parameters in it; else None. What an external trainer does not tell, loss or gradient norm, is NaN.
+    """
 
     step: int
     loss_sum: float
@@ -35,6 +41,12 @@ class StepRecord(NamedTuple):
     payload_bytes: int
     bytes_sent: int
     bytes_received: int
+    examples: int = 0
+    delta_norm: float | None = None
+
+
+_TOTALS = [name for name in StepRecord._fields if name.endswith(("_seconds", "_bytes")) or name.startswith("bytes_")]
+_TYPES = {name: pa.int64() if kind is int else pa.float64() for name, kind in StepRecord.__annotations__.items()}
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,8 @@ def read_records(content: bytes) -> list[tuple[int, StepRecord]]:
 
 
 def _table_of(records: Sequence[tuple[int, StepRecord]]) -> pa.Table:
-    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records])
+    schema = pa.schema({"rank": pa.int64()} | _TYPES)
+    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records], schema)
 
 
 @dataclass(frozen=True)
@@ -165,14 +178,10 @@ class RunResult:
         for _, record in self._records():
             by_step.setdefault(record.step, []).append(record)
         steps = []
-        for _, records in sorted(by_step.items()):
-            tokens = sum(r.tokens for r in records)
-            merged = {"step": records[0].step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
-            merged |= {"lr": records[0].lr}
-            merged |= {
-                name: max(getattr(r, name) for r in records)
-                for name in StepRecord._fields[StepRecord._fields.index("grad_norm") :]
-            }
+        for step, records in sorted(by_step.items()):
+            tokens, first = sum(r.tokens for r in records), records[0]
+            merged = {"step": step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens, "lr": first.lr}
+            merged |= {name: max(getattr(r, name) for r in records) for name in ("grad_norm", "seconds", *_TOTALS)}
             steps.append(merged)
         return pa.Table.from_pylist(steps)
 
@@ -180,6 +189,11 @@ class RunResult:
     def rank_table(self) -> pa.Table:
         """One row per step and rank, as each rank recorded it."""
         return _table_of(self._records())
+
+    @property
+    def windows(self) -> pa.Table:
+        """One row per window, the steps between two syncs, and rank: see ``windows.py``."""
+        return windows.table(windows.windows(self.rank_table.to_pylist()))
 
     def _records(self) -> list[tuple[int, StepRecord]]:
         return [*self.earlier, *((r.rank, record) for r in self.ranks for record in r.records)]
@@ -198,39 +212,34 @@ class RunResult:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
 
-        def total(name: str) -> Any:
-            return pc.sum(table[name]).as_py()
-
-        seconds = total("seconds")
-        tokens = total("tokens")
+        totals = {name: pc.sum(table[name]).as_py() for name in ("tokens", "seconds", *_TOTALS)}
         return {
             "run_dir": self.run_dir,
             "world_size": first.world,
             "steps": table.num_rows,
             "num_parameters": first.num_parameters,
-            "loss_first": table["loss"][0].as_py(),
-            "loss_last": table["loss"][-1].as_py(),
+            # JSON has no NaN.
+            **{f"loss_{name}": None if math.isnan(loss) else loss for name, loss in self._losses().items()},
             "heldout_loss_before": first.heldout_before,
             "heldout_loss_after": first.heldout_after,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            **{name: total(name) for name in StepRecord._fields[StepRecord._fields.index("data_seconds") :]},
+            "tokens_per_second": totals["tokens"] / totals["seconds"],
+            **totals,
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }
 
+    def _losses(self) -> dict[str, float]:
+        losses = self.table["loss"]
+        return {"first": losses[0].as_py(), "last": losses[-1].as_py()}
+
     def report(self) -> str:
         """:meth:`summary` for people."""
-        s = self.summary()
-        held = (
-            f"held-out loss {s['heldout_loss_before']:.4f} -> {s['heldout_loss_after']:.4f}\n"
-            if s["heldout_loss_before"] is not None
-            else ""
-        )
+        s, losses = self.summary(), self._losses()
+        before, after = s["heldout_loss_before"], s["heldout_loss_after"]
+        held = f"held-out loss {before:.4f} -> {after:.4f}\n" if before is not None else ""
         digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
         return (
             f"{s['steps']} steps, {s['tokens']:,} tokens, {s['world_size']} ranks, {s['num_parameters']:,} parameters\n"
-            f"loss          {s['loss_first']:.4f} -> {s['loss_last']:.4f}\n"
+            f"loss          {losses['first']:.4f} -> {losses['last']:.4f}\n"
             f"{held}"
             f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
             f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"

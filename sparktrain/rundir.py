@@ -16,6 +16,7 @@
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
+    windows.parquet      driver   one row per window and rank (windows.py)
     result.json          driver   the summary; written last, so a run without it is not finished
 
 Single files are written under a temporary name and renamed, so that no reader ever sees half of one.
@@ -177,9 +178,10 @@ class RunDir:
         return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
 
     def write_result(self, result: RunResult) -> None:
-        table = io.BytesIO()
-        pq.write_table(result.rank_table, table)
-        write(self.path / "metrics.parquet", table.getvalue())
+        for name, table in (("metrics", result.rank_table), ("windows", result.windows)):
+            content = io.BytesIO()
+            pq.write_table(table, content)
+            write(self.path / f"{name}.parquet", content.getvalue())
         write_json(self.path / "result.json", result.summary())
 
     def finished(self) -> RunResult | None:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparktrain.config.data import Data
+from sparktrain.config.inner_loop import InnerLoop
 from sparktrain.config.section import Section
-from sparktrain.config.strategies import AdamW, Optimizer, Strategy
+from sparktrain.config.strategies import AdamW, Diloco, Optimizer, Sparseloco, Strategy
 
 
 def _directory(value: Any) -> Any:
@@ -163,6 +164,8 @@ class RunConfig(Section):
     """How the learning rate moves."""
     strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
     """How ranks share their progress."""
+    inner_loop: InnerLoop = InnerLoop()
+    """A program of yours in place of the ranks' own steps between two syncs."""
     checkpoint: Checkpoint = Checkpoint()
     """What is kept to go on from."""
     launch: Launch = Launch()
@@ -176,8 +179,25 @@ class RunConfig(Section):
             raise ValueError(f"run.seed is {self.run.seed}, Psyche's are below 2^32: set another, or data.psyche_seed")
         return self
 
+    @model_validator(mode="after")
+    def _command_has_rounds(self) -> "RunConfig":
+        if not self.inner_loop.command:
+            return self
+        if not isinstance(self.strategy, Diloco | Sparseloco):
+            raise ValueError(
+                f"inner_loop.command is set, but strategy.kind {self.strategy.kind} syncs in every step: set "
+                "strategy.kind to diloco or sparseloco, or leave inner_loop.command out"
+            )
+        if self.strategy.sync_every == "auto":
+            raise ValueError(
+                "inner_loop.command is set, but strategy.sync_every is auto, which measures steps of the rank's own: "
+                "set strategy.sync_every to the number of steps of a round"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """The settings that make it the same run: all but where it is stored and how launched, logged and reached."""
         reach = {"mirrors", "cache_dir", "cache_bytes"}
         exclude: Any = {"launch": True, "checkpoint": True, "run": {"dir", "log_every"}, "data": reach}
+        exclude |= {"inner_loop": {"timeout"}}
         return self.model_dump(mode="json", exclude=exclude)

@@ -156,6 +156,8 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             payload_bytes=int(moved["payload_bytes"]),
             bytes_sent=int(moved["bytes_sent"]),
             bytes_received=int(moved["bytes_received"]),
+            examples=len(batch.tokens),
+            delta_norm=strategy.delta_norm,
         )
 
 
