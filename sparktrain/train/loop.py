@@ -22,6 +22,7 @@ from sparktrain.train import checkpoint, models, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.external_rounds import Rounds, hand_over
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
@@ -39,6 +40,7 @@ class Training:
     model: PreTrainedModel
     strategy: Strategy
     requests: Requests
+    rounds: Rounds | None = None
 
 
 def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
@@ -59,6 +61,7 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         check_separates(model)
     kind = STRATEGIES[config.strategy.kind]
     strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
+    rounds = hand_over(model, strategy, config, spec, directory.run_id, world)
     _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}")
     if start is None:
         before = heldout_loss(model, config, world)
@@ -68,10 +71,11 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         checkpoint.restore(directory, start, strategy, world)
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
-    training = Training(directory, config, spec, world, model, strategy, Requests(directory, world, strategy.local))
+    requests = Requests(directory, world, strategy.local and not rounds)
+    training = Training(directory, config, spec, world, model, strategy, requests, rounds)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
         records, first_step_at = _run(training, saver, start.step if start else 0)
-    if training.requests.asked.stop:
+    if requests.asked.stop:
         done = records[-1].step + 1
         raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
     failpoints.reach("trained", rank=world.rank, generation=generation)
@@ -102,13 +106,13 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     config, spec, requests = training.config, training.spec, training.requests
     records, first_step_at, every = [], 0.0, config.checkpoint.every
     with requests.heeding_sigterm(config.launch.grace):
-        for record in _steps(training, first_step):
-            records.append(record)
+        for turn in _turns(training, first_step):
+            records += turn
             first_step_at = first_step_at or time.time()
-            done = record.step + 1
-            if record.step == first_step or done % config.run.log_every == 0:
-                _say(training.world, _line(record, spec))
-            if requests.asked.save or (every and (done % every == 0 or done == spec.steps)):
+            begun, done = turn[0].step, turn[-1].step + 1
+            if begun == first_step or done // config.run.log_every > begun // config.run.log_every:
+                _say(training.world, _line(turn[-1], spec))
+            if requests.asked.save or (every and (done // every > begun // every or done == spec.steps)):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
                 saver.wait()
@@ -118,13 +122,28 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     return records, first_step_at
 
 
+def _turns(training: Training, first_step: int) -> Iterator[list[StepRecord]]:
+    """Records of the steps after which there is a state to save: of every one, or of all in a program's round."""
+    if training.rounds is None:
+        yield from ([record] for record in _steps(training, first_step))
+    else:
+        speeds, batches = _batches(training, first_step)
+        yield from training.rounds.records(first_step, batches, speeds, training.requests.agree)
+
+
+def _batches(training: Training, first_step: int) -> tuple[tuple[float, ...], Iterator[Batch]]:
+    """What ranks' shares are by, and this rank's batches from ``first_step`` on."""
+    config, spec, world = training.config, training.spec, training.world
+    shards = opener(config.data, known(spec.shards))
+    speeds = speed.of_ranks(training.model, config, spec, world)
+    return speeds, iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+
+
 def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
     strategy, requests = training.strategy, training.requests
-    shards = opener(config.data, known(spec.shards))
-    speeds = speed.of_ranks(model, config, spec, world)
-    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+    _, batches = _batches(training, first_step)
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         batch = next(batches)

@@ -72,6 +72,17 @@ def environment_of(roots: Sequence[str], more: Mapping[str, str]) -> dict[str, s
     return kept | ({"PYTHONPATH": path} if path else {}) | dict(more)
 
 
+def search_path() -> str:
+    """PATH for a command: "python" is the one that this process runs in."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def own_device(index: int) -> dict[str, str]:
+    """What makes GPU ``index`` of this process the only one of a command: its number 0."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
+
+
 @contextmanager
 def _guarded(group: int) -> Iterator[None]:
     """While this holds, the process group ends with this process, however that ends."""
