@@ -69,9 +69,9 @@ def _try_out(config: RunConfig, kind: StrategyKind, device: torch.device) -> flo
         strategy.average_gradients()
         strategy.step(0.1, 1)
     strategy.sync()
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all() or bool((parameter == 1).all()):
-            raise LaunchError(f"strategy {config.strategy.kind} leaves a {name} as it is, or not finite, on {device}")
+    after = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
+    if not after.isfinite().all() or bool((after == 1).all()):
+        raise LaunchError(f"strategy {config.strategy.kind} leaves parameters as they are, or not finite, on {device}")
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(strategy.state_dict())}
     for parameter in parameters.values():
         assert parameter.grad is not None
