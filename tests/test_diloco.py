@@ -543,8 +543,9 @@ def test_auto_is_the_same_choice_on_all_ranks_said_once(on_ranks, planned, outer
     assert zero == one
     assert zero[1] == (planned == 500)
     assert silence == ""
-    assert text.count("\n") == 1
-    assert re.match(f"sync_every {zero[0]}: a step takes .* communication is .*; outer {outer}", text)
+    start, chosen = text.splitlines()
+    assert start == "sync_every auto: rounds of 10 steps until two are measured"
+    assert re.match(f"sync_every {zero[0]}: a step takes .* communication is .*; outer {outer}", chosen)
 
 
 @pytest.mark.parametrize(

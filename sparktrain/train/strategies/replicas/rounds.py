@@ -118,6 +118,8 @@ class Rounds:
         self._agreed = True
         if self.steps == 0 and self.cadence.settled:
             self._settle("")
+        elif self.steps == 0:
+            self._exchange.say(f"sync_every auto: rounds of {self.cadence.every} steps until two are measured")
 
     def _digest(self, fragment: int) -> int:
         return self._flat.digest(fragment) if self._exchange.world > 1 else 0
