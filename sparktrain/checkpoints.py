@@ -79,16 +79,13 @@ class Checkpoints:
 
     def seal(self, name: str, rank: int, parts: Mapping[str, Part]) -> None:
         """Say that all parts of ``rank`` are on disk."""
-        write_json(
-            self.directory(name) / f".rank-{rank:05d}.json", {path: asdict(part) for path, part in parts.items()}
-        )
+        write_json(self._seal(name, rank), {path: asdict(part) for path, part in parts.items()})
 
     def commit(self, manifest: Manifest, seconds: float) -> Manifest:
         """Wait until every rank has sealed its parts, then write the manifest: from here on the checkpoint exists."""
-        directory, deadline = self.directory(manifest.name), time.monotonic() + seconds
-        parts: dict[str, Part] = {}
-        for rank in range(manifest.world):
-            seal = directory / f".rank-{rank:05d}.json"
+        deadline, parts = time.monotonic() + seconds, dict[str, Part]()
+        seals = [self._seal(manifest.name, rank) for rank in range(manifest.world)]
+        for rank, seal in enumerate(seals):
             while not seal.exists():
                 if time.monotonic() > deadline:
                     raise LaunchError(f"checkpoint {manifest.name}: rank {rank} did not write its part in {seconds} s")
@@ -100,11 +97,11 @@ class Checkpoints:
                     f"checkpoint {manifest.name}: {path} has {found} bytes, {part.num_bytes} were written"
                 )
         complete = Manifest(**vars(manifest) | {"parts": parts})
-        sync_directory(directory)
+        sync_directory(self.directory(manifest.name))
         failpoints.reach("checkpoint.manifest", step=manifest.step, generation=manifest.generation)
         write_json(self._manifest(manifest.name), asdict(complete))
-        for rank in range(manifest.world):
-            (directory / f".rank-{rank:05d}.json").unlink()
+        for seal in seals:
+            seal.unlink()
         return complete
 
     def read(self, name: str) -> Manifest:
@@ -178,6 +175,9 @@ class Checkpoints:
 
     def _manifest(self, name: str) -> Path:
         return self.path / f"{name}.json"
+
+    def _seal(self, name: str, rank: int) -> Path:
+        return self.directory(name) / f".rank-{rank:05d}.json"
 
     def _remove(self, name: str) -> None:
         grave = self.path / f".removed-{uuid.uuid4().hex}"

@@ -60,9 +60,9 @@ def _create(file: Path, content: str) -> None:
         except OSError:  # a file system without links
             with open(file, "x", encoding="utf-8") as out:
                 out.write(content)
+    except FileExistsError:
+        raise
     except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
         raise ConfigError(
             f"{file} cannot be written: {error.strerror}; make room or choose another directory"
         ) from None

@@ -27,6 +27,15 @@ class Optimizer(Section):
         return self
 
 
+def _topk_fits(section: Any) -> Any:
+    if section.compression_topk > section.compression_chunk**2:
+        raise ValueError(
+            f"strategy.compression_topk is {section.compression_topk}, more than a chunk holds: "
+            f"set it to at most {section.compression_chunk**2}"
+        )
+    return section
+
+
 class AdamW(Section):
     kind: Literal["adamw"] = "adamw"
     """How ranks turn their gradients into shared progress."""
@@ -52,14 +61,7 @@ class Distro(Section):
     max_refused: int = Field(10, ge=1)
     """Stop after so many steps in a row in which a rank's gradient was not finite."""
 
-    @model_validator(mode="after")
-    def _topk_fits(self) -> "Distro":
-        if self.compression_topk > self.compression_chunk**2:
-            raise ValueError(
-                f"strategy.compression_topk is {self.compression_topk}, more than a chunk holds: "
-                f"set it to at most {self.compression_chunk**2}"
-            )
-        return self
+    _check = model_validator(mode="after")(_topk_fits)
 
 
 def _is_sync_every(value: Any) -> Any:
@@ -135,14 +137,7 @@ class Sparseloco(Section):
     quantize_bits: Annotated[Literal[2, 8], WholeNumber] = 2
     """Bits of a value."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> "Sparseloco":
-        if self.compression_topk > self.compression_chunk**2:
-            raise ValueError(
-                f"strategy.compression_topk is {self.compression_topk}, more than a chunk holds: "
-                f"set it to at most {self.compression_chunk**2}"
-            )
-        return self
+    _check = model_validator(mode="after")(_topk_fits)
 
 
 Strategy = AdamW | Distro | Diloco | Sparseloco

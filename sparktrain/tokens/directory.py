@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparktrain.atomic import write_json
 from sparktrain.errors import ConfigError, DataError
 from sparktrain.tokens.sources.manifest import FORMAT
 
@@ -102,9 +103,7 @@ def commit(path: Path, manifest: dict[str, Any]) -> TokenDir:
     if not any((path / "heldout").iterdir()):
         (path / "heldout").rmdir()
     manifest = {"format": FORMAT, **manifest}
-    temporary = path / ".manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    temporary.replace(path / "manifest.json")
+    write_json(path / "manifest.json", manifest)
     (path / _MARKER).unlink()
     return TokenDir(path, manifest, fresh=True)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from sparktrain import tokens
+from sparktrain import pulse, tokens
 from sparktrain.config import RunConfig
 from sparktrain.errors import DataError
 from sparktrain.plan import slots_of, spread_windows, window_length
@@ -47,6 +47,7 @@ def heldout_loss(model: PreTrainedModel, config: RunConfig, world: World) -> flo
     model.eval()  # type: ignore[no-untyped-call]
     total, targets = 0.0, 0
     for i in range(0, len(mine), config.train.micro_batch):
+        pulse.at("evaluates")
         part = mine[i : i + config.train.micro_batch]
         batch = Batch.of(stack([file.window(start, length, documents=False) for file, start in part]))
         total += float(token_losses(model, batch.to(world.device), config.train.autocast))

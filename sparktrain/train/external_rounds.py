@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints
+from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig
 from sparktrain.plan import PlanSpec, rows, slots_of
 from sparktrain.results import StepRecord
@@ -56,6 +56,7 @@ class Rounds:
         first_step: int,
         batches: Iterator[Batch],
         weights: Sequence[float],
+        settings: Callable[[int], RunConfig],
         agree: Callable[[int, float], Any],
     ) -> Iterator[list[StepRecord]]:
         """Those of the steps of each round, up to the plan's end.
@@ -63,17 +64,24 @@ class Rounds:
         Args:
             batches: of this rank, from ``first_step`` on.
             weights: ranks' shares of a step are by these.
+            settings: those of a step, see ``Live.at``.
             agree: told the last step of a round and a loss, see ``Requests.agree``.
         """
-        strategy = self.strategy
+        strategy, config = self.strategy, self.config
         while first_step < self.spec.steps:
             steps = range(first_step, min(first_step + strategy.due, self.spec.steps))
+            if (now := settings(first_step)) is not config:
+                config = now
+                strategy.retune(config.optimizer, config.strategy)
             began = time.perf_counter()
-            work, read, seconds = self._read(steps, batches, weights)
+            work, read, seconds = self._read(steps, batches, weights, config)
             result = self.trainer.train(work)
             tokens = _consumed(read, result.steps_completed)
             before = vars(strategy.traffic).copy()
-            asked = agree(steps[-1], _metric(result, "loss", "train_loss", missing=0.0))
+            # What it returned is finite; whether a loss that is not ends the run is as for a step.
+            loss = _metric(result, "loss", "train_loss", missing=0.0)
+            asked = agree(steps[-1], loss if config.train.on_nonfinite == "stop" else 0.0)
+            pulse.at("updates")
             strategy.advance(len(steps), result.steps_completed, sum(tokens))
             failpoints.reach("updated", rank=self.world.rank, step=steps[-1])
             moved = {name: value - before[name] for name, value in vars(strategy.traffic).items()}
@@ -88,17 +96,18 @@ class Rounds:
             first_step = steps.stop
 
     def _read(
-        self, steps: Sequence[int], batches: Iterator[Batch], weights: Sequence[float]
+        self, steps: Sequence[int], batches: Iterator[Batch], weights: Sequence[float], config: RunConfig
     ) -> tuple[list[StepData], list[int], list[float]]:
         """Each step's data, its targets, and the seconds it took to come by."""
         work, targets, seconds = [], [], []
         for step in steps:
             began = time.perf_counter()
+            pulse.at("reads", step)
             batch = next(batches)
             failpoints.reach("batch", rank=self.world.rank, step=step)
             slots = slots_of(self.world.rank, self.world.size, self.spec.batch_of(step), weights)
             first, last = (self.spec.first_position(step) + slot for slot in slots)
-            lr = lr_at(step, self.config.schedule, self.config.optimizer.lr, self.spec.steps)
+            lr = lr_at(step, config.schedule, config.optimizer.lr, self.spec.steps)
             microshards = [row.microshard_id for row in rows(self.spec, first, last)]
             work.append(StepData(step, lr, microshards, batch.arrays()))
             targets.append(batch.num_targets)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints
+from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig, Train
-from sparktrain.errors import ConfigError, DataError, Stopped
+from sparktrain.errors import Changed, ConfigError, DataError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
@@ -23,6 +23,7 @@ from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.external_rounds import Rounds, hand_over
+from sparktrain.train.live import Live
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
@@ -39,6 +40,7 @@ class Training:
     world: World
     model: PreTrainedModel
     strategy: Strategy
+    live: Live
     requests: Requests
     rounds: Rounds | None = None
 
@@ -54,8 +56,12 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int)
 def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
     also writes the trained model."""
+    pulse.at("loads")
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
+    first_step = start.step if start else 0
+    live = Live(directory.path, config, world, first_step)
+    config = live.at(first_step)
     model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
     if spec.packed:
         check_separates(model)
@@ -69,19 +75,22 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     else:
         before = start.values["heldout_before"]
         checkpoint.restore(directory, start, strategy, world)
+        strategy.retune(config.optimizer, config.strategy)  # a change may count from this very step on
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
-    requests = Requests(directory, world, strategy.local and not rounds)
-    training = Training(directory, config, spec, world, model, strategy, requests, rounds)
+    skipped = config.train.max_skipped if config.train.on_nonfinite == "skip" else 0
+    requests = Requests(directory, world, strategy.local and not rounds, live.waits, skipped)
+    training = Training(directory, config, spec, world, model, strategy, live, requests, rounds)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
-        records, first_step_at = _run(training, saver, start.step if start else 0)
+        records, first_step_at = _run(training, saver, first_step)
     if requests.asked.stop:
-        done = records[-1].step + 1
-        raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
+        raise requests.stopped(records[-1].step + 1, spec.steps)
+    pulse.at("saves", spec.steps)
     failpoints.reach("trained", rank=world.rank, generation=generation)
     strategy.sync()
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
+    pulse.at("saves")
     if world.rank == 0:
         models.save(model, config, directory.model)
     failpoints.reach("saved", rank=world.rank, generation=generation)
@@ -103,22 +112,29 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
 def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) -> tuple[list[StepRecord], float]:
     """Every step from ``first_step`` on, with checkpoints, or until it is to stop; the records, and when the first step
     ended."""
-    config, spec, requests = training.config, training.spec, training.requests
-    records, first_step_at, every = [], 0.0, config.checkpoint.every
-    with requests.heeding_sigterm(config.launch.grace):
+    spec, live, requests = training.spec, training.live, training.requests
+    records, first_step_at = [], 0.0
+    with requests.heeding_sigterm(training.config.launch.grace):
         for turn in _turns(training, first_step):
             records += turn
             first_step_at = first_step_at or time.time()
             begun, done = turn[0].step, turn[-1].step + 1
-            if begun == first_step or done // config.run.log_every > begun // config.run.log_every:
+            config = live.at(done - 1)
+            again = requests.asked.change and live.take(done)
+            every, log_every = config.checkpoint.every, config.run.log_every
+            if begun == first_step or done // log_every > begun // log_every:
                 _say(training.world, _line(turn[-1], spec))
-            if requests.asked.save or (every and (done // every > begun // every or done == spec.steps)):
+            pulse.at("saves")
+            if requests.asked.save or again or (every and (done // every > begun // every or done == spec.steps)):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
                 saver.wait()
                 requests.met()
             if requests.asked.stop:
                 break
+            if again:
+                saver.wait()
+                raise Changed(f"settings changed after step {done}: ranks start again with them")
     return records, first_step_at
 
 
@@ -128,7 +144,7 @@ def _turns(training: Training, first_step: int) -> Iterator[list[StepRecord]]:
         yield from ([record] for record in _steps(training, first_step))
     else:
         speeds, batches = _batches(training, first_step)
-        yield from training.rounds.records(first_step, batches, speeds, training.requests.agree)
+        yield from training.rounds.records(first_step, batches, speeds, training.live.at, training.requests.agree)
 
 
 def _batches(training: Training, first_step: int) -> tuple[tuple[float, ...], Iterator[Batch]]:
@@ -142,10 +158,14 @@ def _batches(training: Training, first_step: int) -> tuple[tuple[float, ...], It
 def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
-    strategy, requests = training.strategy, training.requests
+    strategy, live, requests = training.strategy, training.live, training.requests
     _, batches = _batches(training, first_step)
     for step in range(first_step, spec.steps):
+        if (now := live.at(step)) is not config:
+            config = now
+            strategy.retune(config.optimizer, config.strategy)
         began = time.perf_counter()
+        pulse.at("reads", step)
         batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
@@ -155,9 +175,13 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
-        strategy.average_gradients()
-        norm = _clip(model, config.train.max_grad_norm)
-        strategy.step(lr, batch.num_targets)
+        pulse.at("updates")
+        if asked.skip:
+            norm = _skip(model, strategy, lr)
+        else:
+            strategy.average_gradients()
+            norm = _clip(model, config.train.max_grad_norm)
+            strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
@@ -180,11 +204,20 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         )
 
 
+def _skip(model: PreTrainedModel, strategy: Strategy, lr: float) -> float:
+    """Leave out an update; the norm of its gradient, which is not a number."""
+    model.zero_grad(set_to_none=True)
+    if strategy.local:  # the step counts, or this rank would come late to every sync; without gradients it does nothing
+        strategy.step(lr, 0)
+    return math.nan
+
+
 def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
     """Targets of the global batch. Known from the plan where every token is one, which all ranks see alike; else the
     ranks' counts are added up."""
     if not spec.leaves_targets_out:
         return spec.target_tokens(step)
+    pulse.at("agrees")
     targets = int(world.sum(batch.num_targets)[0])
     if not targets:
         raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
@@ -198,6 +231,7 @@ def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, se
     total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
     for part in batch.split(settings.micro_batch):
+        pulse.at("computes")
         loss = token_losses(model, part, settings.autocast)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

@@ -101,12 +101,13 @@ def weights(model: PreTrainedModel, current: Mapping[str, Tensor]) -> dict[str, 
     stay one tensor."""
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     owner_of = {name: owners[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict()
     copies = {
         name: current.get(name, tensor).detach().to("cpu", copy=True)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if owner_of.get(name, name) == name
     }
-    return {name: copies[owner_of.get(name, name)] for name in model.state_dict()}
+    return {name: copies[owner_of.get(name, name)] for name in state}
 
 
 def write(model: PreTrainedModel, state: dict[str, Tensor], config: RunConfig, path: Path) -> list[Path]:

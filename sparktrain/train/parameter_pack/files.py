@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparktrain import atomic
 from sparktrain.errors import ModelError
 from sparktrain.train.parameter_pack.layout import ALL, Layout, StateDictFilter, entries_of, layout_of, ties_of
 
@@ -138,10 +139,8 @@ def load(path: Path, state: Any, filter: StateDictFilter = ALL) -> Pack:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON as the reference does, under a temporary name first, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    temporary.replace(path)
+    """Write JSON to the byte as the reference does."""
+    atomic.write(path, json.dumps(values, indent=2).encode())
 
 
 _NAMES = {str: "a string", int: "a whole number"}

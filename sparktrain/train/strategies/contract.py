@@ -72,6 +72,9 @@ class Strategy(Protocol):
         """Consume ``.grad``, which comes from ``tokens`` predicted tokens of this rank; communicate as needed; update
         the parameters with learning rate ``lr``."""
 
+    def retune(self, optimizer: Any, section: Any) -> None:
+        """Go on with these settings, of which those that fix layouts are as before."""
+
     def sync(self) -> None:
         """Bring every rank to the same parameters: before evaluation, export and the end. Training goes on from
         where it leaves them."""

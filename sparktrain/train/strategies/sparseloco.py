@@ -25,7 +25,7 @@ from sparktrain.errors import ConfigError
 from sparktrain.train.compression.topk import Selector
 from sparktrain.train.compression.wire import ChunkCode, Values
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.inner import adamw
+from sparktrain.train.strategies.inner import adamw, retune
 from sparktrain.train.strategies.replicas.cadence import Bounds, Every, first_every
 from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, square_of
 from sparktrain.train.strategies.replicas.exchange import HEAD, Received
@@ -74,20 +74,24 @@ class SparseLoCo(LocalSteps):
         device = parameters[0].device.type if parameters else "cpu"
         flat = Flat(parameters, 1, _tile_weights(compression_chunk, device))
         self.outer_lr = outer_lr
-        sparse = Sparse(flat, compression_chunk, compression_topk, _VALUES[quantize_bits], error_decay)
+        self._sparse = Sparse(flat, compression_chunk, compression_topk, _VALUES[quantize_bits], error_decay)
         self._wire = f"{compression_topk} of {compression_chunk}x{compression_chunk} weights, {quantize_bits} bits"
         self._told_by = f"outer_lr {outer_lr}, error_decay {error_decay}"
         super().__init__(
             flat,
             names,
             inner,
-            sparse,
+            self._sparse,
             sync_every=sync_every,
             bounds=BOUNDS,
             planned_steps=planned_steps,
             exact=require_exact_steps,
             group=process_group,
         )
+
+    def retune(self, optimizer: Optimizer, section: Sparseloco) -> None:
+        retune(self.optimizer, optimizer)
+        self.outer_lr, self._sparse.decay = section.outer_lr, section.error_decay
 
     def _layout(self) -> str:
         return f"{super()._layout()}, {self._wire}"
@@ -104,7 +108,7 @@ class Sparse:
     it is too small to be worth the calls."""
 
     def __init__(self, flat: Flat, chunk: int, topk: int, values: Values, decay: float) -> None:
-        self._chunk, self._decay, self._weights = chunk, decay, flat.weights
+        self._chunk, self.decay, self._weights = chunk, decay, flat.weights
         self._code = ChunkCode(chunk * chunk, topk, values)
         self._chunks = -(-flat.weights // self._code.area)
         # Whole chunks, and one weight more, where coefficients go that are absent.
@@ -122,7 +126,7 @@ class Sparse:
         for tile in flat.fragments[fragment]:
             part = flat.progress(tile, self._tile[: tile.length])
             square += square_of(part)
-            self._residual[tile.weights].mul_(self._decay).add_(part)
+            self._residual[tile.weights].mul_(self.decay).add_(part)
             first, chunks = self._place(tile)
             told = self._residual[first * self._code.area :][: chunks * self._code.area]
             # The selector reads row after row of all chunks; a chunk's weights stay in a row.

@@ -46,9 +46,9 @@ class LocalSteps(Rounds):
         if not self._agreed:
             self._agree(tokens)
         if lr is not None:
-            for group in self._optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = lr
-        self._optimizer.step()
+        self.optimizer.step()
         self._took(1, 1, tokens)
 
     def hand_over(self, inner: Inner, exact: bool) -> None:

@@ -63,7 +63,7 @@ class Rounds:
             shape = list(strange[0].shape)
             raise ConfigError(f"the inner optimizer trains a parameter of shape {shape} that params lack: give it both")
         fragments = len(flat.fragments)
-        self._optimizer, self._flat, self._contribution = inner, flat, contribution
+        self.optimizer, self._flat, self._contribution = inner, flat, contribution
         self.inner: Inner = inner
         self._names = list(names)
         self._sync_every = sync_every
