@@ -33,6 +33,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("train.max_grad_norm", "hot"),
     ("run.log_every", "hot"),
     ("checkpoint.every", "hot"),
+    ("eval.every", "hot"),
     ("optimizer", "warm"),
     ("strategy.compression_decay", "warm"),
     ("strategy.outer_lr", "warm"),
@@ -45,7 +46,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("model.gradient_checkpointing", "cold"),
 )
 # Read by every start; not part of what a run is, so a start may be given others.
-_OF_A_START = ("launch", "checkpoint", "data.mirrors", "data.cache_dir", "data.cache_bytes")
+_OF_A_START = ("launch", "checkpoint", "eval", "data.mirrors", "data.cache_dir", "data.cache_bytes")
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,16 @@ from sparktrain.errors import Diverged, LaunchError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 class StepRecord(NamedTuple):
     """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds.
 
-    ``examples``: sequences trained on. ``delta_norm``: in a step that ends a round, the L2 norm of what this rank
-    changed of the parameters in it; else None. What an external trainer does not tell, loss or gradient norm, is NaN.
+    ``optimizer_seconds``, a part of ``compute_seconds``: from the gradient to the update. ``heldout_loss``: nats per
+    token after the step, the same on all ranks; None where it was not measured. ``examples``: sequences trained on.
+    ``delta_norm``: in a step that ends a round, L2 norm of what this rank changed of the parameters in it; else None.
+    What an external trainer does not tell, loss or gradient norm, is NaN.
     """
 
     step: int
@@ -41,6 +44,8 @@ class StepRecord(NamedTuple):
     payload_bytes: int
     bytes_sent: int
     bytes_received: int
+    optimizer_seconds: float = 0.0
+    heldout_loss: float | None = None
     examples: int = 0
     delta_norm: float | None = None
 
@@ -180,10 +185,11 @@ class RunResult:
         steps = []
         for step, records in sorted(by_step.items()):
             tokens, first = sum(r.tokens for r in records), records[0]
-            merged = {"step": step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens, "lr": first.lr}
-            merged |= {name: max(getattr(r, name) for r in records) for name in ("grad_norm", "seconds", *_TOTALS)}
-            steps.append(merged)
-        return pa.Table.from_pylist(steps)
+            merged: dict[str, Any] = {"step": step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
+            merged |= {"lr": first.lr, "heldout_loss": first.heldout_loss}
+            steps.append(merged | {n: max(getattr(r, n) for r in records) for n in ("grad_norm", "seconds", *_TOTALS)})
+        types = [(name, kind) for name, kind in _TYPES.items() if name not in ("step", "loss_sum")]
+        return pa.Table.from_pylist(steps, pa.schema([("step", pa.int64()), ("loss", pa.float64()), *types]))
 
     @property
     def rank_table(self) -> pa.Table:
@@ -206,21 +212,30 @@ class RunResult:
 
     def metrics_frame(self, spark: Any) -> Any:
         """:attr:`table` as a Spark frame of session ``spark``."""
-        return spark.createDataFrame(self.table.to_pylist())
+        return spark.createDataFrame(self.table)
+
+    def plot(self) -> "Figure":
+        """Loss, learning rate, gradient norm, tokens/s, bytes and the ranks' time; ConfigError without matplotlib."""
+        from sparktrain.report.figures import run_figure
+
+        return run_figure(self)
 
     def summary(self) -> dict[str, Any]:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
 
+        # JSON has no NaN. A program that tells no loss has skipped nothing: its steps have no optimizer_seconds.
+        losses = [None if math.isnan(table["loss"][i].as_py()) else table["loss"][i].as_py() for i in (0, -1)]
+        told = zip(table["loss"].to_pylist(), table["optimizer_seconds"].to_pylist(), strict=True)
         totals = {name: pc.sum(table[name]).as_py() for name in ("tokens", "seconds", *_TOTALS)}
         return {
             "run_dir": self.run_dir,
             "world_size": first.world,
             "steps": table.num_rows,
-            "skipped_steps": pc.sum(pc.invert(pc.is_finite(table["loss"]))).as_py(),
+            "skipped_steps": sum(not math.isfinite(loss) and updated > 0 for loss, updated in told),
             "num_parameters": first.num_parameters,
-            # JSON has no NaN.
-            **{f"loss_{name}": None if math.isnan(loss) else loss for name, loss in self._losses().items()},
+            "loss_first": losses[0],
+            "loss_last": losses[1],
             "heldout_loss_before": first.heldout_before,
             "heldout_loss_after": first.heldout_after,
             "tokens_per_second": totals["tokens"] / totals["seconds"],
@@ -228,26 +243,8 @@ class RunResult:
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }
 
-    def _losses(self) -> dict[str, float]:
-        losses = self.table["loss"]
-        return {"first": losses[0].as_py(), "last": losses[-1].as_py()}
-
     def report(self) -> str:
         """:meth:`summary` for people."""
-        s, losses = self.summary(), self._losses()
-        before, after = s["heldout_loss_before"], s["heldout_loss_after"]
-        held = f"held-out loss {before:.4f} -> {after:.4f}\n" if before is not None else ""
-        digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
-        skipped = f", {s['skipped_steps']} skipped for a loss that is no number" if s["skipped_steps"] else ""
-        return (
-            f"{s['steps']} steps{skipped}, {s['tokens']:,} tokens, {s['world_size']} ranks, "
-            f"{s['num_parameters']:,} parameters\n"
-            f"loss          {losses['first']:.4f} -> {losses['last']:.4f}\n"
-            f"{held}"
-            f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
-            f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"
-            f"bytes         payload {s['payload_bytes']:,}, sent {s['bytes_sent']:,}, received {s['bytes_received']:,} "
-            f"per rank\n"
-            f"{digests}\n"
-            f"run directory {self.run_dir}"
-        )
+        from sparktrain.report.text import run_text
+
+        return run_text(self)

@@ -21,13 +21,13 @@
     metrics.parquet      driver   one row per step and rank
     windows.parquet      driver   one row per window and rank (windows.py)
     result.json          driver   the summary; written last, so a run without it is not finished
+    report.html          anyone   a page about it (report/page.py)
 
 Single files are written under a temporary name and renamed, so that no reader ever sees half of one.
 """
 
 import contextlib
 import datetime
-import io
 import json
 import os
 import uuid
@@ -35,11 +35,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from sparktrain.atomic import write, write_json
+from sparktrain.atomic import write, write_json, write_table
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
+from sparktrain.config.section import differences
 from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
@@ -56,6 +55,11 @@ from sparktrain.results import (
 FORMAT, SAVE, STOP = 1, "SAVE", "STOP"
 
 
+def is_run(path: Path) -> bool:
+    """Whether a run has claimed ``path``."""
+    return (path / "run.json").exists()
+
+
 class RunDir:
     """The run directory at ``path``. Making the object touches nothing."""
 
@@ -63,6 +67,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
         self.model = self.path / "model"
+        self.report = self.path / "report.html"
         self.checkpoints = Checkpoints(self.path)
 
     # -- the driver's side ---------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ class RunDir:
                 f"run.dir {self.path} has format {known['format']}, this sparktrain writes {FORMAT}: "
                 "choose another run.dir"
             )
-        changed = _differences(known["identity"], config.identity())
+        changed = differences(known["identity"], config.identity())
         if changed:
             raise ConfigError(
                 f"run.dir {self.path} holds another run: {'; '.join(changed[:3])}"
@@ -191,10 +196,8 @@ class RunDir:
         return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
 
     def write_result(self, result: RunResult) -> None:
-        for name, table in (("metrics", result.rank_table), ("windows", result.windows)):
-            content = io.BytesIO()
-            pq.write_table(table, content)
-            write(self.path / f"{name}.parquet", content.getvalue())
+        write_table(self.path / "metrics.parquet", result.rank_table)
+        write_table(self.path / "windows.parquet", result.windows)
         write_json(self.path / "result.json", result.summary())
 
     def finished(self) -> RunResult | None:
@@ -239,14 +242,6 @@ class RunDir:
 
     def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
         write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
-
-
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """``key was old, is new`` for each leaf that differs between two settings trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
-    return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
 
 
 def _read_json(path: Path) -> Any:

@@ -4,8 +4,9 @@ Started by Spark (``spark/task.py``) or by hand, with the same result::
 
     torchrun --nproc-per-node 2 -m sparktrain.worker RUN_DIR
 
-``python -m sparktrain.worker --describe`` reads a config on stdin and prints, as JSON, what training it would need;
-the driver asks that of an executor, because the driver itself never imports torch.
+``python -m sparktrain.worker --describe`` reads a config on stdin and prints, as JSON, what training it would need, and
+``--evaluate`` what a model's loss is on a share of some data; the driver asks that of an executor, because the driver
+itself never imports torch.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import traceback
 from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, Orphaned, SparktrainError
+from sparktrain.evaluation import Work
 from sparktrain.parent import follow_parent, is_orphan
 from sparktrain.results import RankFailure, RankResult
 from sparktrain.rundir import RunDir
@@ -71,6 +73,17 @@ def describe(config_json: str) -> str:
     return json.dumps(describe_run(RunConfig.model_validate_json(config_json)))
 
 
+def evaluate(work_json: str) -> str:
+    """The loss of one share of a split, as JSON: see :func:`sparktrain.train.evaluate.measure`."""
+    from sparktrain.train.evaluate import measure
+
+    follow_parent()
+    return measure(Work.model_validate_json(work_json)).model_dump_json()
+
+
+_ASKED = {"--describe": describe, "--evaluate": evaluate}
+
+
 def _failure(rank: int, error: BaseException) -> RankFailure:
     # torch.OutOfMemoryError and our own one-line errors are causes whatever their text says.
     lost = type(error).__name__ in _OF_TORCH and bool(_ECHO.search(str(error)))
@@ -87,15 +100,15 @@ def _failure(rank: int, error: BaseException) -> RankFailure:
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1] == "--describe":
-            print(describe(sys.stdin.read()))
+        if asked := _ASKED.get(sys.argv[1]):
+            print(asked(sys.stdin.read()))
         else:
             run_rank(sys.argv[1])
     except SparktrainError as known:
         print(f"error: {known}", file=sys.stderr)
         sys.exit(known.exit_code)
     except Exception as unknown:
-        if sys.argv[1] != "--describe":
+        if sys.argv[1] not in _ASKED:
             raise
         print(f"error: {type(unknown).__name__}: {str(unknown).partition(chr(10))[0]}", file=sys.stderr)
         sys.exit(1)

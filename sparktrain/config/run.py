@@ -107,6 +107,12 @@ class Schedule(Section):
     """warmup-stable-decay: steps of the final linear decay; 0: a fifth of the run."""
 
 
+class Eval(Section):
+    every: int = Field(0, ge=0)
+    """Measure the held-out loss after every so many steps, too, of the weights that ranks share then; 0: before and
+    after training alone."""
+
+
 class Checkpoint(Section):
     every: int = Field(200, ge=0)
     """Save a checkpoint after every so many steps, and after the last; 0: never."""
@@ -158,7 +164,9 @@ class Launch(Section):
         return self
 
 
-class RunConfig(Section):
+class Common(Section):
+    """All settings but the strategy: what runs have in common that are compared."""
+
     run: Run = Run()
     """Where the run lives."""
     data: Data = Data()
@@ -171,22 +179,42 @@ class RunConfig(Section):
     """How a gradient becomes a step."""
     schedule: Schedule = Schedule()
     """How the learning rate moves."""
-    strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
-    """How ranks share their progress."""
-    inner_loop: InnerLoop = InnerLoop()
-    """A program of yours in place of the ranks' own steps between two syncs."""
+    eval: Eval = Eval()
+    """When the held-out loss is measured."""
     checkpoint: Checkpoint = Checkpoint()
     """What is kept to go on from."""
     launch: Launch = Launch()
     """How ranks are started."""
 
     @model_validator(mode="after")
-    def _order_is_possible(self) -> "RunConfig":
+    def _order_is_possible(self) -> "Common":
         if self.data.block > 1 and self.data.order != "shuffle":
             raise ValueError(f"data.block is {self.data.block}, but only data.order shuffle moves blocks: set it to 1")
         if self.data.order == "psyche" and not self.data.psyche_seed and self.run.seed >= 2**32:
             raise ValueError(f"run.seed is {self.run.seed}, Psyche's are below 2^32: set another, or data.psyche_seed")
         return self
+
+    @model_validator(mode="after")
+    def _heldout_data_is_there(self) -> "Common":
+        if self.eval.every and self.data.heldout is None:
+            raise ValueError(f"eval.every is {self.eval.every}, but there is no data to measure: set data.heldout")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make it the same run: all but where it is stored and how launched, logged, reached and
+        when it gives up."""
+        reach = {"mirrors", "cache_dir", "cache_bytes"}
+        policy = {"on_nonfinite", "max_skipped"}  # what stopped may go on with another
+        exclude: Any = {"train": policy, "launch": True, "checkpoint": True, "eval": True, "data": reach}
+        exclude |= {"run": {"dir", "log_every"}, "inner_loop": {"timeout"}}
+        return self.model_dump(mode="json", exclude=exclude)
+
+
+class RunConfig(Common):
+    strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
+    """How ranks share their progress."""
+    inner_loop: InnerLoop = InnerLoop()
+    """A program of yours in place of the ranks' own steps between two syncs."""
 
     @model_validator(mode="after")
     def _command_has_rounds(self) -> "RunConfig":
@@ -203,12 +231,3 @@ class RunConfig(Section):
                 "set strategy.sync_every to the number of steps of a round"
             )
         return self
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that make it the same run: all but where it is stored and how launched, logged, reached and
-        when it gives up."""
-        reach = {"mirrors", "cache_dir", "cache_bytes"}
-        policy = {"on_nonfinite", "max_skipped"}  # what stopped may go on with another
-        exclude: Any = {"train": policy, "launch": True, "checkpoint": True, "run": {"dir", "log_every"}, "data": reach}
-        exclude |= {"inner_loop": {"timeout"}}
-        return self.model_dump(mode="json", exclude=exclude)

@@ -34,7 +34,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
         mode = "local" if is_local_master(spark) else "executors"
     if mode == "executors":
         _check_scheduling(spark)
-        slots = _slots(spark, config.launch.ranks)
+        slots = count_slots(spark, config.launch.ranks)
         ranks, threads = config.launch.ranks or slots, int(_conf(spark, "spark.task.cpus", "1"))
         if ranks > slots:
             raise ConfigError(
@@ -84,7 +84,7 @@ def ranks_left(spark: SparkSession, config: RunConfig) -> int:
     if config.launch.mode == "local":
         return ranks
     deadline = time.monotonic() + _REPLACEMENT_SECONDS
-    while (slots := _slots(spark)) < ranks and time.monotonic() < deadline:
+    while (slots := count_slots(spark)) < ranks and time.monotonic() < deadline:
         time.sleep(0.5)
     needed = config.launch.min_ranks or ranks
     if slots < needed:
@@ -194,7 +194,7 @@ def _check_scheduling(spark: SparkSession) -> None:
         )
 
 
-def _slots(spark: SparkSession, wanted: int = 0) -> int:
+def count_slots(spark: SparkSession, wanted: int = 0) -> int:
     """Barrier tasks the cluster can run at once, known to the JVM; fewer than ``wanted``, or 0, only after waiting for
     executors to register."""
     jvm = spark.sparkContext._jsc.sc()

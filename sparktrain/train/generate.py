@@ -1,4 +1,4 @@
-"""Sample text from a trained model: a run directory or any Hugging Face directory."""
+"""Sample text from a trained model: a run, a checkpoint, or any Hugging Face directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, TextIteratorStreamer
 
+from sparktrain import trained
 from sparktrain.config import Section
 from sparktrain.errors import ConfigError, ModelError
+from sparktrain.train import models
 
 
 class Generate(Section):
-    """Sample text from a run or a model directory."""
+    """Sample text from a run, a checkpoint or a model directory."""
 
     model: Path
-    """Run directory, or any Hugging Face model directory with a tokenizer."""
+    """Run directory (of a run that is not finished: its newest checkpoint), checkpoint, or Hugging Face directory; with
+    a tokenizer."""
     prompt: str = Field(min_length=1)
     """Text to go on from."""
     max_new_tokens: int = Field(128, ge=1)
@@ -34,18 +36,14 @@ class Generate(Section):
 def generate(settings: Generate) -> Iterator[str]:
     """Pieces of text as they are sampled after the prompt, which comes first.
 
-    Raises :class:`ModelError` where ``settings.model`` holds no finished run and no model directory, or no tokenizer.
+    Raises :class:`ModelError` where ``settings.model`` is none of these, or has no tokenizer.
     """
-    path = settings.model
-    directory = path / "model" if (path / "model" / "config.json").exists() else path
-    for needed, what in (("config.json", "no finished run and no model directory"), ("tokenizer.json", "no tokenizer")):
-        if not (directory / needed).exists():
-            raise ModelError(
-                f"{path} holds {what}: expected {directory / needed}; give a finished run or a model directory"
-            )
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True).eval()  # type: ignore[no-untyped-call]
+    path, directory = settings.model, trained.find(settings.model).directory
+    if not (directory / "tokenizer.json").exists():
+        raise ModelError(
+            f"{path} holds no tokenizer: expected {directory / 'tokenizer.json'}; put the model's own there"
+        )
+    model, tokenizer = models.load(directory), AutoTokenizer.from_pretrained(directory)
     torch.manual_seed(settings.seed)
     streamer = TextIteratorStreamer(tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -69,13 +70,30 @@ def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Pr
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     for tensor in [*model.parameters(), *model.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
-    _check_causal(model)
+    check_causal(model)
     model.train()
     return model
 
 
+def load(directory: Path) -> Any:
+    """The model in a Hugging Face directory as it was stored, in evaluation mode, on the CPU.
+
+    Raises :class:`ModelError` for files that are damaged, and where some are missing: what they lack would be drawn at
+    random.
+    """
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, told = loader.from_pretrained(directory, use_safetensors=True, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if told["missing_keys"]:
+        raise ModelError(f"{directory} lacks the weights of {min(told['missing_keys'])}: it was not copied whole")
+    return model.eval()
+
+
 @torch.no_grad()
-def _check_causal(model: PreTrainedModel) -> None:
+def check_causal(model: PreTrainedModel) -> None:
     """:class:`ConfigError` where a token's prediction depends on what follows it: its loss would fall to nothing."""
     length = min(8, getattr(model.config, "max_position_embeddings", None) or 8)
     tokens = torch.zeros(2, length, dtype=torch.int64, device=model.device)

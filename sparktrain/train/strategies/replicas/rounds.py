@@ -86,6 +86,10 @@ class Rounds:
         interval = self.cadence.every // len(self._flat.fragments)
         return interval - self._since - (self._delay if self._since < interval - self._delay else 0)
 
+    def retune(self, optimizer: Any, section: Any) -> None:
+        """See the strategy contract."""
+        raise NotImplementedError
+
     def _layout(self) -> str:
         """What state must have in common; subclasses add to it."""
         cut = f"{self._flat.weights} weights, num_fragments {len(self._flat.fragments)}"
