@@ -5,6 +5,7 @@ unpickler that admits these classes and nothing else, so a planted pickle is ref
 """
 
 import io
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sparktrain import windows
 from sparktrain.errors import Diverged, LaunchError
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ class StepRecord(NamedTuple):
     """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds.
 
     ``optimizer_seconds``, a part of ``compute_seconds``: from the gradient to the update. ``heldout_loss``: nats per
-    token after the step, the same on all ranks; None where it was not measured.
+    token after the step, the same on all ranks; None where it was not measured. ``examples``: sequences trained on.
+    ``delta_norm``: in a step that ends a round, L2 norm of what this rank changed of the parameters in it; else None.
+    What an external trainer does not tell, loss or gradient norm, is NaN.
     """
 
     step: int
@@ -42,6 +46,8 @@ class StepRecord(NamedTuple):
     bytes_received: int
     optimizer_seconds: float = 0.0
     heldout_loss: float | None = None
+    examples: int = 0
+    delta_norm: float | None = None
 
 
 _TOTALS = [name for name in StepRecord._fields if name.endswith(("_seconds", "_bytes")) or name.startswith("bytes_")]
@@ -190,6 +196,11 @@ class RunResult:
         """One row per step and rank, as each rank recorded it."""
         return _table_of(self._records())
 
+    @property
+    def windows(self) -> pa.Table:
+        """One row per window, the steps between two syncs, and rank: see ``windows.py``."""
+        return windows.table(windows.windows(self.rank_table.to_pylist()))
+
     def _records(self) -> list[tuple[int, StepRecord]]:
         return [*self.earlier, *((r.rank, record) for r in self.ranks for record in r.records)]
 
@@ -213,15 +224,18 @@ class RunResult:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
 
+        # JSON has no NaN. A program that tells no loss has skipped nothing: its steps have no optimizer_seconds.
+        losses = [None if math.isnan(table["loss"][i].as_py()) else table["loss"][i].as_py() for i in (0, -1)]
+        told = zip(table["loss"].to_pylist(), table["optimizer_seconds"].to_pylist(), strict=True)
         totals = {name: pc.sum(table[name]).as_py() for name in ("tokens", "seconds", *_TOTALS)}
         return {
             "run_dir": self.run_dir,
             "world_size": first.world,
             "steps": table.num_rows,
-            "skipped_steps": pc.sum(pc.invert(pc.is_finite(table["loss"]))).as_py(),
+            "skipped_steps": sum(not math.isfinite(loss) and updated > 0 for loss, updated in told),
             "num_parameters": first.num_parameters,
-            "loss_first": table["loss"][0].as_py(),
-            "loss_last": table["loss"][-1].as_py(),
+            "loss_first": losses[0],
+            "loss_last": losses[1],
             "heldout_loss_before": first.heldout_before,
             "heldout_loss_after": first.heldout_after,
             "tokens_per_second": totals["tokens"] / totals["seconds"],
@@ -231,20 +245,6 @@ class RunResult:
 
     def report(self) -> str:
         """:meth:`summary` for people."""
-        s = self.summary()
-        before, after = s["heldout_loss_before"], s["heldout_loss_after"]
-        held = f"held-out loss {before:.4f} -> {after:.4f}\n" if before is not None else ""
-        digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
-        skipped = f", {s['skipped_steps']} skipped for a loss that is no number" if s["skipped_steps"] else ""
-        return (
-            f"{s['steps']} steps{skipped}, {s['tokens']:,} tokens, {s['world_size']} ranks, "
-            f"{s['num_parameters']:,} parameters\n"
-            f"loss          {s['loss_first']:.4f} -> {s['loss_last']:.4f}\n"
-            f"{held}"
-            f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
-            f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"
-            f"bytes         payload {s['payload_bytes']:,}, sent {s['bytes_sent']:,}, received {s['bytes_received']:,} "
-            f"per rank\n"
-            f"{digests}\n"
-            f"run directory {self.run_dir}"
-        )
+        from sparktrain.report.text import run_text
+
+        return run_text(self)

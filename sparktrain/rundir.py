@@ -19,6 +19,7 @@
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
+    windows.parquet      driver   one row per window and rank (windows.py)
     result.json          driver   the summary; written last, so a run without it is not finished
     report.html          anyone   a page about it (report/page.py)
 
@@ -27,7 +28,6 @@ Single files are written under a temporary name and renamed, so that no reader e
 
 import contextlib
 import datetime
-import io
 import json
 import os
 import uuid
@@ -35,11 +35,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from sparktrain.atomic import write, write_json
+from sparktrain.atomic import write, write_json, write_table
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
+from sparktrain.config.section import differences
 from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
@@ -197,9 +196,8 @@ class RunDir:
         return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
 
     def write_result(self, result: RunResult) -> None:
-        table = io.BytesIO()
-        pq.write_table(result.rank_table, table)
-        write(self.path / "metrics.parquet", table.getvalue())
+        write_table(self.path / "metrics.parquet", result.rank_table)
+        write_table(self.path / "windows.parquet", result.windows)
         write_json(self.path / "result.json", result.summary())
 
     def finished(self) -> RunResult | None:
@@ -244,14 +242,6 @@ class RunDir:
 
     def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
         write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """``key was old, is new`` for each leaf that differs between two settings trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
-    return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
 
 
 def _read_json(path: Path) -> Any:

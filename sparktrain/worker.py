@@ -70,6 +70,10 @@ def describe(config_json: str) -> str:
     """Model size and traffic of a run, as JSON: see :func:`sparktrain.train.describe.describe`."""
     from sparktrain.train.describe import describe as describe_run
 
+    # It is no rank of what its environment may name.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+
     return json.dumps(describe_run(RunConfig.model_validate_json(config_json)))
 
 

@@ -6,6 +6,7 @@ under ``train/strategies``.
 """
 
 from sparktrain.config.data import Data, Skip
+from sparktrain.config.inner_loop import InnerLoop
 from sparktrain.config.run import Checkpoint, Common, Eval, Launch, Model, Run, RunConfig, Schedule, Train
 from sparktrain.config.section import Section
 from sparktrain.config.strategies import AdamW, Diloco, Distro, Optimizer, Sparseloco, Strategy
@@ -18,6 +19,7 @@ __all__ = [
     "Diloco",
     "Distro",
     "Eval",
+    "InnerLoop",
     "Launch",
     "Model",
     "Optimizer",

@@ -13,7 +13,7 @@ from sparktrain.errors import Changed, DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
-from sparktrain.spark import index, launch, planner, preflight, task
+from sparktrain.spark import index, launch, planner, preflight, sanity, task
 from sparktrain.tokens import check_alike, locate_shards
 from sparktrain.tokens.sources import is_local
 from sparktrain.tokens.sources.reach import opener
@@ -53,7 +53,8 @@ class Prepared:
                 f"bytes      {kind}: payload {moved['payload_bytes']:,}, received {moved['bytes_received']:,} per step "
                 f"and rank, {less}{chosen}"
             )
-        return "\n".join(lines)
+        chosen = self.model["traffic"][self.config.strategy.kind]
+        return "\n".join([*lines, *sanity.table(self.model["rows"], self.config, chosen)])
 
 
 def run(spark: SparkSession, config: RunConfig) -> RunResult:
