@@ -7,12 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from sparktrain.report.figures import COLORS, Numbers, Picture, heldout_points, panel, png, smoothed
+from sparktrain.report.figures import COLORS, Numbers, Picture, heldout_points, panel, smoothed
 
 if TYPE_CHECKING:
     from sparktrain.compare.comparison import Comparison, Entry
-
-__all__ = ["loss_over_bytes", "loss_over_tokens", "pareto_front", "png"]
 
 
 @dataclass(frozen=True)
