@@ -51,6 +51,12 @@ class LaunchError(SparktrainError):
     transient = False
 
 
+class Orphaned(SparktrainError):
+    """What started a rank of this attempt, or its executor, is gone: the ranks saved a checkpoint and ended."""
+
+    exit_code = 7
+
+
 class Superseded(SparktrainError):
     """A newer attempt of the same run has started: this one must not write any more."""
 

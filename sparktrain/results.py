@@ -218,6 +218,7 @@ class RunResult:
             "run_dir": self.run_dir,
             "world_size": first.world,
             "steps": table.num_rows,
+            "skipped_steps": pc.sum(pc.invert(pc.is_finite(table["loss"]))).as_py(),
             "num_parameters": first.num_parameters,
             "loss_first": table["loss"][0].as_py(),
             "loss_last": table["loss"][-1].as_py(),
@@ -234,8 +235,10 @@ class RunResult:
         before, after = s["heldout_loss_before"], s["heldout_loss_after"]
         held = f"held-out loss {before:.4f} -> {after:.4f}\n" if before is not None else ""
         digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
+        skipped = f", {s['skipped_steps']} skipped for a loss that is no number" if s["skipped_steps"] else ""
         return (
-            f"{s['steps']} steps, {s['tokens']:,} tokens, {s['world_size']} ranks, {s['num_parameters']:,} parameters\n"
+            f"{s['steps']} steps{skipped}, {s['tokens']:,} tokens, {s['world_size']} ranks, "
+            f"{s['num_parameters']:,} parameters\n"
             f"loss          {s['loss_first']:.4f} -> {s['loss_last']:.4f}\n"
             f"{held}"
             f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "

@@ -12,6 +12,8 @@
     gen/000001/          driver   one attempt; made by an atomic mkdir
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
+      pulse-00000.json   rank     where it is, every second or so, in place (pulse.py)
+      over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
@@ -51,8 +53,7 @@ from sparktrain.results import (
     read_records,
 )
 
-FORMAT = 1
-SAVE, STOP = "SAVE", "STOP"
+FORMAT, SAVE, STOP = 1, "SAVE", "STOP"
 
 
 def is_run(path: Path) -> bool:
@@ -97,7 +98,8 @@ class RunDir:
     def claim(self, config: RunConfig) -> None:
         """Make the directory this run's, once :meth:`check` has passed and the run can start."""
         if not (self.path / "run.json").exists():
-            made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": _now(), "identity": config.identity()}
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": now, "identity": config.identity()}
             write_json(self.path / "run.json", made)
         write_json(self.path / "config.json", config.model_dump(mode="json"))
 
@@ -167,6 +169,16 @@ class RunDir:
     def records(self, generation: int, rank: int, step: int) -> Path:
         """A rank's steps from the checkpoint before to that at ``step``."""
         return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
+
+    def pulse(self, generation: int, rank: int) -> Path:
+        return self.generation(generation) / f"pulse-{rank:05d}.json"
+
+    def over(self, generation: int) -> Path:
+        return self.generation(generation) / "over.json"
+
+    def end(self, generation: int, why: str) -> None:
+        """Have the tasks of an attempt kill its ranks."""
+        write_json(self.over(generation), {"why": why})
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())
@@ -244,7 +256,3 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

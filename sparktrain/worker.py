@@ -17,14 +17,15 @@ import socket
 import sys
 import traceback
 
-from sparktrain import failpoints
+from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig
-from sparktrain.errors import ConfigError, SparktrainError
+from sparktrain.errors import ConfigError, Orphaned, SparktrainError
 from sparktrain.evaluation import Work
-from sparktrain.parent import follow_parent
+from sparktrain.parent import follow_parent, is_orphan
 from sparktrain.results import RankFailure, RankResult
 from sparktrain.rundir import RunDir
 
+_OF_TORCH = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 # What a healthy rank raises when another one is gone: it tells that something failed, not what.
 _ECHO = re.compile(r"gloo|nccl|connection closed by peer|connection reset|broken pipe|socket|store|timed out", re.I)
 
@@ -35,6 +36,8 @@ def run_rank(run_dir: str) -> RankResult:
     Writes the rank's output file, :class:`RankResult` or :class:`RankFailure`, and returns or raises the same.
     """
     follow_parent()
+    if (starter := os.environ.get("SPARKTRAIN_TASK")) and is_orphan(int(starter)):
+        raise Orphaned("what started this rank was gone before it began")
     try:
         failpoints.arm(os.environ.get("SPARKTRAIN_FAILPOINT", ""))
     except ValueError as error:
@@ -49,6 +52,9 @@ def run_rank(run_dir: str) -> RankResult:
             config, spec = directory.config(), directory.plan_spec()
             if spec is None:
                 raise ConfigError(f"run directory {run_dir} has no plan: start the run with jobs/train.py")
+            if generation:  # a driver watches
+                file = directory.pulse(generation, rank)
+                held.enter_context(pulse.beating(file, rank, socket.gethostname(), os.getpid(), config.launch))
             from sparktrain.train.loop import train  # the torch floor: imported by ranks only
 
             outcome = train(directory, config, spec, generation or directory.latest_generation())
@@ -80,9 +86,7 @@ _ASKED = {"--describe": describe, "--evaluate": evaluate}
 
 def _failure(rank: int, error: BaseException) -> RankFailure:
     # torch.OutOfMemoryError and our own one-line errors are causes whatever their text says.
-    echo = type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError") and bool(
-        _ECHO.search(str(error))
-    )
+    lost = type(error).__name__ in _OF_TORCH and bool(_ECHO.search(str(error)))
     return RankFailure(
         rank=rank,
         host=socket.gethostname(),
@@ -90,7 +94,7 @@ def _failure(rank: int, error: BaseException) -> RankFailure:
         message=str(error),
         traceback="".join(traceback.format_exception(error)),
         exit_code=error.exit_code if isinstance(error, SparktrainError) else 1,
-        echo=echo,
+        echo=lost or isinstance(error, Orphaned),
     )
 
 

@@ -63,6 +63,11 @@ class Train(Section):
     """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Clip the gradient to this global norm; 0 leaves it as it is."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a loss is not a number: stop, or leave out that step's update on all ranks (of strategies whose ranks take
+    steps of their own: on that rank)."""
+    max_skipped: int = Field(5, ge=1)
+    """Stop, too, after so many skipped steps in a row."""
 
     @model_validator(mode="after")
     def _ramp_ascends(self) -> "Train":
@@ -130,7 +135,11 @@ class Launch(Section):
     threads: int = Field(0, ge=0)
     """CPU threads per rank; 0: spark.task.cpus, or the machine's cores divided among local ranks."""
     collective_timeout: int = Field(600, ge=1)
-    """Seconds after which a rank that waits for another gives up."""
+    """Seconds after which a rank that waits for another gives up; what is no step, such as loading and saving, may
+    take nine tenths of it."""
+    step_timeout: int = Field(0, ge=0)
+    """Seconds without progress after which a rank hangs and all are started again; 0: 10 times the rank's slowest step,
+    at least 60, where it is silent or computes, and nine tenths of collective_timeout where it reads or waits."""
     grace: float = Field(4.0, ge=0, le=3600)
     """Seconds that ranks have to save a checkpoint when the run is interrupted; then they are ended."""
     max_restarts: int = Field(3, ge=0)
@@ -191,9 +200,12 @@ class Common(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make it the same run: all but where it is stored and how launched, logged and reached."""
+        """The settings that make it the same run: all but where it is stored and how launched, logged, reached and
+        when it gives up."""
         reach = {"mirrors", "cache_dir", "cache_bytes"}
-        exclude: Any = {"launch": True, "checkpoint": True, "eval": True, "run": {"dir", "log_every"}, "data": reach}
+        policy = {"on_nonfinite", "max_skipped"}  # what stopped may go on with another
+        exclude: Any = {"train": policy, "launch": True, "checkpoint": True, "eval": True, "data": reach}
+        exclude["run"] = {"dir", "log_every"}
         return self.model_dump(mode="json", exclude=exclude)
 
 

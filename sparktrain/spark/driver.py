@@ -118,7 +118,8 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResu
                 raise LaunchError(
                     f"{error} ({without_progress} attempts in a row came to no new checkpoint)"
                 ) from error
-            wait = min(60.0, 2.0**failures)
+            # Ranks whose torchrun or executor is gone have their grace: the next ones are not to meet them.
+            wait = max(config.launch.grace, min(60.0, 2.0**without_progress))
             print(f"{error}; restart {failures} of {config.launch.max_restarts} in {wait:.0f} s", flush=True)
             time.sleep(wait)
             ranks = preflight.ranks_left(spark, config)

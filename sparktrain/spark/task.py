@@ -6,14 +6,12 @@ does not find them. So this module imports the standard library at the top and e
 """
 
 import collections
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -24,6 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sparktrain.spark.ending import die_with_parent, stop, with_attempt
 
 _TAIL_LINES = 40
 _PACKAGES = ("sparktrain", "torch", "transformers", "numpy", "pyarrow", "pyspark")
@@ -50,8 +50,9 @@ class Job:
     grace: float
 
 
-def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
-    """Run ``python -m module job.run_dir`` as this task's ranks, until all have ended.
+def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str, pulses: tuple[str, ...]) -> None:
+    """Run ``python -m module job.run_dir`` as this task's ranks, until all have ended, or file ``over`` says that the
+    attempt has. ``pulses``: the files in which ranks say where they are, by rank.
 
     Stands where TorchDistributor's ``_run_training_on_pytorch_file`` stood: called in a barrier task, or in the
     driver in local mode. Streams the ranks' lines to the driver as ``[rank 3 host]``. Raises RuntimeError where
@@ -74,13 +75,15 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=die_with_parent if sys.platform == "linux" else None,
     )
+    mine = pulses[node * per_node : (node + 1) * per_node]
     try:
-        tail = _pump(child, prefix, input_params.get("log_streaming_client"))
-        child.wait()
+        with with_attempt(child, job.run_dir, over, mine):
+            tail = _pump(child, prefix, input_params.get("log_streaming_client"))
+            child.wait()
     finally:
-        _stop(child, job.grace)
+        stop(child, job.grace)
     if child.returncode != 0:
         _write_exit(job, node, child.returncode, tail)
         raise RuntimeError(f"ranks of task {node} on {socket.gethostname()} ended with status {child.returncode}")
@@ -112,6 +115,7 @@ def _environment(job: Job, master: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(_import_path(job.import_path)),
         "OMP_NUM_THREADS": str(job.threads),
         "SPARKTRAIN_GENERATION": str(job.generation),
+        "SPARKTRAIN_TASK": str(os.getpid()),
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[rank ${{rank}} {socket.gethostname()}] ",
     }
 
@@ -161,29 +165,12 @@ def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]
     return [line for tail in tails.values() for line in tail]
 
 
-def _stop(child: subprocess.Popen[bytes], grace: float) -> None:
-    """End the process group, by SIGTERM and after ``grace`` by SIGKILL. Ranks are in sessions of torchrun's making;
-    they follow it by their parent-death signal (``worker.py``)."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if child.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(grace)
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
     sys.path[:] = _import_path(job.import_path)
     from sparktrain.rundir import RunDir
 
-    RunDir(job.run_dir).write_exit(
-        job.generation, {"node": node, "host": socket.gethostname(), "status": status, "tail": tail}
-    )
+    exit_ = {"node": node, "host": socket.gethostname(), "launcher": job.launcher, "status": status, "tail": tail}
+    RunDir(job.run_dir).write_exit(job.generation, exit_)
 
 
 def probe(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from sparktrain import tokens
+from sparktrain import pulse, tokens
 from sparktrain.config import RunConfig
 from sparktrain.errors import DataError, ModelError
 from sparktrain.evaluation import Share, Work
@@ -60,6 +60,7 @@ def heldout_loss(
     total, targets = 0.0, 0
     with _holding(model, weights or {}):
         for i in range(0, len(mine), config.train.micro_batch):
+            pulse.at("evaluates")
             part = mine[i : i + config.train.micro_batch]
             batch = Batch.of(stack([file.window(start, length, documents=False) for file, start in part]))
             total += float(token_losses(model, batch.to(world.device), config.train.autocast))

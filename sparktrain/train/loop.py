@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints
+from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig, Train
-from sparktrain.errors import Changed, ConfigError, DataError, Stopped
+from sparktrain.errors import Changed, ConfigError, DataError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
@@ -56,6 +56,7 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int)
 def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
     also writes the trained model."""
+    pulse.at("loads")
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
     first_step = start.step if start else 0
@@ -76,17 +77,19 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         strategy.retune(config.optimizer, config.strategy)  # a change may count from this very step on
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
-    requests = Requests(directory, world, strategy.local, live.waits)
+    skipped = config.train.max_skipped if config.train.on_nonfinite == "skip" else 0
+    requests = Requests(directory, world, strategy.local, live.waits, skipped)
     training = Training(directory, config, spec, world, model, strategy, live, requests)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
         records, first_step_at = _run(training, saver, first_step)
     if training.requests.asked.stop:
-        done = records[-1].step + 1
-        raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
+        raise training.requests.stopped(records[-1].step + 1, spec.steps)
+    pulse.at("saves", spec.steps)
     failpoints.reach("trained", rank=world.rank, generation=generation)
     _sync(strategy, records)
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
+    pulse.at("saves")
     if world.rank == 0:
         models.save(model, config, directory.model)
     failpoints.reach("saved", rank=world.rank, generation=generation)
@@ -119,6 +122,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
             every = config.checkpoint.every
             if record.step == first_step or done % config.run.log_every == 0:
                 _say(training.world, _line(record, spec))
+            pulse.at("saves")
             if requests.asked.save or again or (every and (done % every == 0 or done == spec.steps)):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
@@ -163,6 +167,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             config = now
             strategy.retune(config.optimizer, config.strategy)
         began = time.perf_counter()
+        pulse.at("reads", step)
         batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
@@ -173,9 +178,13 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         updating = time.perf_counter()
-        strategy.average_gradients()
-        norm = _clip(model, config.train.max_grad_norm)
-        strategy.step(lr, batch.num_targets)
+        pulse.at("updates")
+        if asked.skip:
+            norm = _skip(model, strategy, lr)
+        else:
+            strategy.average_gradients()
+            norm = _clip(model, config.train.max_grad_norm)
+            strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
@@ -198,11 +207,20 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         )
 
 
+def _skip(model: PreTrainedModel, strategy: Strategy, lr: float) -> float:
+    """Leave out an update; the norm of its gradient, which is not a number."""
+    model.zero_grad(set_to_none=True)
+    if strategy.local:  # the step counts, or this rank would come late to every sync; without gradients it does nothing
+        strategy.step(lr, 0)
+    return math.nan
+
+
 def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
     """Targets of the global batch. Known from the plan where every token is one, which all ranks see alike; else the
     ranks' counts are added up."""
     if not spec.leaves_targets_out:
         return spec.target_tokens(step)
+    pulse.at("agrees")
     targets = int(world.sum(batch.num_targets)[0])
     if not targets:
         raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
@@ -216,6 +234,7 @@ def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, se
     total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
     for part in batch.split(settings.micro_batch):
+        pulse.at("computes")
         loss = token_losses(model, part, settings.autocast)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
