@@ -13,9 +13,10 @@ import pytest
 from sparktrain import cli
 from sparktrain.compare import Compare, Comparison, compare
 from sparktrain.compare.comparison import Entry
-from sparktrain.compare.pictures import loss_over_bytes, loss_over_tokens, pareto_front, png
+from sparktrain.compare.pictures import pareto_front
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, RunDirBusy
+from sparktrain.report.figures import png
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.spark import driver
@@ -72,7 +73,7 @@ def test_one_rank_sends_nothing_and_is_compared_all_the_same(tmp_path: Path) -> 
     alone = Comparison((Entry("a", "adamw", 1e-3, a_result(tmp_path, world=1, received=0), 4),))
     assert alone.table["less_than_ring"].to_pylist() == [None]
     assert "|        |" not in alone.markdown().splitlines()[0]
-    assert png(loss_over_bytes(alone)).startswith(b"\x89PNG")
+    assert png(alone.loss_over_bytes()).startswith(b"\x89PNG")
 
 
 def test_a_front_is_what_nothing_beats_in_both() -> None:
@@ -89,7 +90,7 @@ def test_a_front_is_what_nothing_beats_in_both() -> None:
 
 def test_pictures_show_the_best_run_of_each_strategy(tmp_path: Path) -> None:
     comparison = a_comparison(tmp_path)
-    tokens, moved = loss_over_tokens(comparison).axes[0], loss_over_bytes(comparison).axes[0]
+    tokens, moved = comparison.loss_over_tokens().axes[0], comparison.loss_over_bytes().axes[0]
     assert [t.get_text() for t in tokens.get_legend().get_texts()] == ["a, lr 0.002", "b, lr 0.001"]
     lines = {line.get_label(): line for line in moved.lines}
     assert moved.get_xscale() == "log"

@@ -15,6 +15,7 @@ from sparktrain.results import RunResult
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 _LAST_PART = 10
 _HEAD = (
@@ -130,16 +131,28 @@ class Comparison:
         ]
         return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
+    def loss_over_tokens(self) -> "Figure":
+        """See :func:`sparktrain.compare.pictures.loss_over_tokens`."""
+        from sparktrain.compare import pictures
+
+        return pictures.loss_over_tokens(self)
+
+    def loss_over_bytes(self) -> "Figure":
+        """See :func:`sparktrain.compare.pictures.loss_over_bytes`."""
+        from sparktrain.compare import pictures
+
+        return pictures.loss_over_bytes(self)
+
     def write(self, directory: Path) -> None:
         """``compare.csv``, ``.parquet`` and ``.md``, and the two pictures."""
-        from sparktrain.compare import pictures
+        from sparktrain.report.figures import png
 
         csv, parquet = io.BytesIO(), io.BytesIO()
         pacsv.write_csv(self.table, csv)
         pq.write_table(self.table, parquet)
         drawn: Sequence[tuple[str, bytes]] = [
-            ("loss_over_tokens.png", pictures.png(pictures.loss_over_tokens(self))),
-            ("loss_over_bytes.png", pictures.png(pictures.loss_over_bytes(self))),
+            ("loss_over_tokens.png", png(self.loss_over_tokens())),
+            ("loss_over_bytes.png", png(self.loss_over_bytes())),
         ]
         table = [("csv", csv.getvalue()), ("parquet", parquet.getvalue()), ("md", (self.markdown() + "\n").encode())]
         for name, content in [*((f"compare.{kind}", content) for kind, content in table), *drawn]:

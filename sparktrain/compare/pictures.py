@@ -7,12 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from sparktrain.report.figures import COLORS, Numbers, Picture, heldout_points, panel, png, smoothed
+from sparktrain.report.figures import COLORS, Numbers, Picture, heldout_points, panel, smoothed
 
 if TYPE_CHECKING:
     from sparktrain.compare.comparison import Comparison, Entry
-
-__all__ = ["loss_over_bytes", "loss_over_tokens", "pareto_front", "png"]
 
 
 @dataclass(frozen=True)
@@ -37,41 +35,50 @@ class Course:
         """(x, held-out loss) wherever it was measured, ``x`` being given after each step and 0 before the first."""
         return np.concatenate([[0.0], x])[self.steps.astype(int)], self.heldout
 
+    def after_syncs(self) -> tuple[Numbers, Numbers]:
+        """(bytes, training loss) of the last step before bytes come again; between syncs many are at one place."""
+        last = np.diff(self.received, append=np.inf) > 0
+        return self.received[last], self.training[last]
+
 
 def loss_over_tokens(comparison: "Comparison") -> Picture:
-    """Training loss, smoothed, as a line, held-out loss as points, over the tokens of all ranks."""
+    """Held-out loss as points; training loss, smoothed, as a line, faint where the other was measured on the way."""
     figure, axes = _figure("Loss over tokens", "tokens, all ranks")
     for course in _courses(comparison):
-        _draw(axes, course, course.tokens)
+        color, at, losses = course.color, *course.over(course.tokens)
+        if course.measured:
+            axes.plot(course.tokens, course.training, color=color, alpha=0.35, linewidth=1)
+            axes.plot(at, losses, "o-", color=color, markersize=4, label=course.label)
+        else:
+            axes.plot(course.tokens, course.training, color=color, linewidth=1.8, label=course.label)
+            axes.plot(at, losses, "o", color=color, markersize=6)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlim(left=0)
-    return _finish(figure, axes)
+    return _finish(figure, axes, "points: held-out; lines without: training, smoothed")
 
 
 def loss_over_bytes(comparison: "Comparison") -> Picture:
-    """The same over the bytes that a rank has received, on a log axis, with the Pareto front of all strategies: the
-    points than which none has a lower loss for as few bytes."""
+    """Held-out loss, or training loss where that was not measured on the way, over the bytes that a rank has received,
+    on a log axis, with the Pareto front of all strategies: the points than which none has a lower loss for as few
+    bytes."""
     figure, axes = _figure("Loss over bytes", "bytes a rank has received")
-    points = []
+    points, seen = [], "training, smoothed"
     for course in _courses(comparison):
-        if not course.received.any():  # one rank
-            continue
-        _draw(axes, course, course.received)
-        x, y = course.over(course.received) if course.measured else (course.received, course.training)
+        x, y = course.over(course.received) if course.measured else course.after_syncs()
+        seen = "held-out" if course.measured else seen
         points.append(np.stack([x, y])[:, x > 0])
-        end = (course.received[-1], y[-1])
-        axes.annotate(
-            course.label, end, (0, -12), textcoords="offset points", color=course.color, ha="center", va="top"
-        )
-    if points:
-        front = pareto_front(np.concatenate(points, axis=1))
+        if points[-1].size:  # not of a single rank
+            style = "o-" if course.measured else "-"
+            axes.plot(*points[-1], style, color=course.color, markersize=4, label=course.label)
+            axes.annotate(course.label, (x[-1], y[-1]), (7, 5), textcoords="offset points", color=course.color)
+    front = pareto_front(np.concatenate(points, axis=1))
+    if front.size:
         axes.step(*front, where="post", color="#888888", linestyle="--", linewidth=1.2, zorder=1, label="Pareto front")
-        axes.set_xscale("log", nonpositive="mask")
-        axes.set_xlim(front[0].min() / 1.5, max(x.max() for x, _ in points) * 1.5)
+        axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(y=0.12)
+    axes.margins(x=0.1, y=0.08)
     axes.xaxis.set_major_formatter(EngFormatter("B"))
-    return _finish(figure, axes)
+    return _finish(figure, axes, seen)
 
 
 def pareto_front(points: Numbers) -> Numbers:
@@ -103,22 +110,12 @@ def _course(entry: "Entry", label: str, color: str) -> Course:
     )
 
 
-def _draw(axes: Axes, course: Course, x: Numbers) -> None:
-    color, at, losses = course.color, *course.over(x)
-    if course.measured:
-        axes.plot(x, course.training, color=color, alpha=0.35, linewidth=1)
-        axes.plot(at, losses, "o-", color=color, markersize=4, label=course.label)
-    else:
-        axes.plot(x, course.training, color=color, linewidth=1.8, label=course.label)
-        axes.plot(at, losses, "o", color=color, markersize=6)
-
-
 def _figure(title: str, x: str) -> tuple[Picture, Axes]:
     figure = Picture(figsize=(9, 6), layout="constrained")
     return figure, panel(figure.subplots(), title, x, "nats per token")
 
 
-def _finish(figure: Picture, axes: Axes) -> Picture:
+def _finish(figure: Picture, axes: Axes, seen: str) -> Picture:
     if axes.lines:
-        axes.legend(frameon=False, title="with points: held-out; without: training, smoothed", title_fontsize=8)
+        axes.legend(frameon=False, title=seen, title_fontsize=8)
     return figure
