@@ -14,14 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sparktrain import shares
 from sparktrain.errors import Diverged, LaunchError
+from sparktrain.shares import Asked, SourceRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 class StepRecord(NamedTuple):
-    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds."""
+    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds; ``sources`` only
+    where several are mixed."""
 
     step: int
     loss_sum: float
@@ -35,6 +38,11 @@ class StepRecord(NamedTuple):
     payload_bytes: int
     bytes_sent: int
     bytes_received: int
+    sources: tuple[SourceRecord, ...] = ()
+
+
+RankSteps = Sequence[tuple[int, StepRecord]]
+_MEASURED = StepRecord._fields[StepRecord._fields.index("grad_norm") : -1]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class RankFailure:
 
 Outcome = RankResult | RankFailure
 
-_ADMITTED = {(cls.__module__, cls.__qualname__): cls for cls in (StepRecord, RankResult, RankFailure)}
+_ADMITTED = {(cls.__module__, cls.__qualname__): cls for cls in (StepRecord, SourceRecord, RankResult, RankFailure)}
 
 
 class _OutcomeUnpickler(pickle.Unpickler):
@@ -112,27 +120,28 @@ def write_records(rank: int, records: Sequence[StepRecord]) -> bytes:
 def read_records(content: bytes) -> list[tuple[int, StepRecord]]:
     """Inverse of :func:`write_records`, each step with its rank."""
     rows = pq.read_table(io.BytesIO(content)).to_pylist()
-    return [(row.pop("rank"), StepRecord(**row)) for row in rows]
+    return [(row.pop("rank"), StepRecord(**shares.from_row(row))) for row in rows]
 
 
-def _table_of(records: Sequence[tuple[int, StepRecord]]) -> pa.Table:
-    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records])
+def _table_of(records: RankSteps) -> pa.Table:
+    return pa.Table.from_pylist([{"rank": rank, **shares.to_row(record._asdict())} for rank, record in records])
 
 
 @dataclass(frozen=True)
 class RunResult:
     """A finished run: every rank's result, and what they add up to.
 
-    ``earlier``: steps of the attempts before the last one, with the ranks of then.
+    ``earlier``: steps of the attempts before the last one, with the ranks of then; ``sources``: of a mixture.
     """
 
     run_dir: str
     ranks: tuple[RankResult, ...]
     earlier: tuple[tuple[int, StepRecord], ...] = ()
+    sources: tuple[Asked, ...] = ()
 
     @classmethod
     def merge(
-        cls, run_dir: str, outcomes: Sequence[RankResult], earlier: Sequence[tuple[int, StepRecord]] = ()
+        cls, run_dir: str, outcomes: Sequence[RankResult], earlier: RankSteps = (), sources: Sequence[Asked] = ()
     ) -> "RunResult":
         """All ranks' results as one; raises :class:`Diverged` where their parameters differ."""
         ranks = tuple(sorted(outcomes, key=lambda r: r.rank))
@@ -151,7 +160,7 @@ class RunResult:
                 f"parameters differ at the end of the run: rank 0 has {ranks[0].digest[:12]}, but {names}: "
                 "the executors' machines or torch builds differ; use one kind of machine and the same packages on all"
             )
-        return cls(run_dir, ranks, tuple(earlier))
+        return cls(run_dir, ranks, tuple(earlier), tuple(sources))
 
     @property
     def digest(self) -> str:
@@ -160,7 +169,7 @@ class RunResult:
     @property
     def table(self) -> pa.Table:
         """One row per step over all ranks. ``loss``: nats per target token of the global batch; seconds: the slowest
-        rank's; bytes: of the rank that has most."""
+        rank's; bytes: of the rank that has most. With several sources, also columns of each: ``shares.columns``."""
         by_step: dict[int, list[StepRecord]] = {}
         for _, record in self._records():
             by_step.setdefault(record.step, []).append(record)
@@ -168,12 +177,8 @@ class RunResult:
         for _, records in sorted(by_step.items()):
             tokens = sum(r.tokens for r in records)
             merged = {"step": records[0].step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
-            merged |= {"lr": records[0].lr}
-            merged |= {
-                name: max(getattr(r, name) for r in records)
-                for name in StepRecord._fields[StepRecord._fields.index("grad_norm") :]
-            }
-            steps.append(merged)
+            merged |= {"lr": records[0].lr} | {name: max(getattr(r, name) for r in records) for name in _MEASURED}
+            steps.append(merged | shares.columns(source for r in records for source in r.sources))
         return pa.Table.from_pylist(steps)
 
     @property
@@ -215,7 +220,8 @@ class RunResult:
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            **{name: total(name) for name in StepRecord._fields[StepRecord._fields.index("data_seconds") :]},
+            **{name: total(name) for name in _MEASURED[_MEASURED.index("data_seconds") :]},
+            "sources": shares.totals(self.sources, table.to_pylist()),
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }
 
@@ -227,11 +233,12 @@ class RunResult:
             if s["heldout_loss_before"] is not None
             else ""
         )
+        sources = "".join(f"source        {line}\n" for line in shares.lines(s["sources"]))
         digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
         return (
             f"{s['steps']} steps, {s['tokens']:,} tokens, {s['world_size']} ranks, {s['num_parameters']:,} parameters\n"
             f"loss          {s['loss_first']:.4f} -> {s['loss_last']:.4f}\n"
-            f"{held}"
+            f"{held}{sources}"
             f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
             f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"
             f"bytes         payload {s['payload_bytes']:,}, sent {s['bytes_sent']:,}, received {s['bytes_received']:,} "

@@ -198,7 +198,8 @@ class RunDir:
         for checkpoint in self.checkpoints.lineage(outcomes[0].resumed_from if outcomes else None):
             for rank in range(checkpoint.world):
                 earlier += read_records(self.records(checkpoint.generation, rank, checkpoint.step).read_bytes())
-        return RunResult.merge(str(self.path), outcomes, earlier)
+        spec = self.plan_spec()
+        return RunResult.merge(str(self.path), outcomes, earlier, spec.asked if spec else ())
 
     # -- a rank's side -------------------------------------------------------------------------------------------
 

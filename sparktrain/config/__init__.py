@@ -5,7 +5,7 @@ command line, ``--help``) is ``cli.py``. A strategy's settings are one class of 
 under ``train/strategies``.
 """
 
-from sparktrain.config.data import Data, Skip
+from sparktrain.config.data import Data, DataSource, Skip
 from sparktrain.config.run import Checkpoint, Launch, Model, Run, RunConfig, Schedule, Train
 from sparktrain.config.section import Section
 from sparktrain.config.strategies import AdamW, Diloco, Distro, Optimizer, Sparseloco, Strategy
@@ -14,6 +14,7 @@ __all__ = [
     "AdamW",
     "Checkpoint",
     "Data",
+    "DataSource",
     "Diloco",
     "Distro",
     "Launch",

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -21,7 +23,8 @@ from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import checkpoint, models, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
-from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.by_source import by_source
+from sparktrain.train.evaluate import heldout_loss, sequence_losses
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
@@ -133,7 +136,8 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
         # What a strategy makes of gradients scaled so is in its contract.
         scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / _targets(batch, step, spec, world)
-        loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
+        losses_B = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
+        loss_sum = float(losses_B.sum())
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         strategy.average_gradients()
@@ -156,6 +160,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             payload_bytes=int(moved["payload_bytes"]),
             bytes_sent=int(moved["bytes_sent"]),
             bytes_received=int(moved["bytes_received"]),
+            sources=by_source(spec, step, world, speeds, batch, losses_B),
         )
 
 
@@ -170,23 +175,26 @@ def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
     return targets
 
 
-def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, settings: Train) -> float:
-    """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses."""
+def _accumulate_gradients(
+    model: PreTrainedModel, batch: Batch, scale: float, settings: Train
+) -> npt.NDArray[np.float64]:
+    """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses of each
+    sequence, ``[B_]``."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
+    found: list[torch.Tensor] = []
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
     for part in batch.split(settings.micro_batch):
-        loss = token_losses(model, part, settings.autocast)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+        losses_M = sequence_losses(model, part, settings.autocast)
+        (losses_M.sum() * scale).backward()  # type: ignore[no-untyped-call]
+        found.append(losses_M.detach())
         for sum_so_far, parameter in zip(exact, parameters, strict=False):
             if parameter.grad is not None:
                 sum_so_far += parameter.grad
                 parameter.grad = None
     for sum_so_far, parameter in zip(exact, parameters, strict=False):
         parameter.grad = sum_so_far.to(parameter.dtype)
-    return float(total)
+    return torch.cat(found).double().cpu().numpy()
 
 
 def _clip(model: PreTrainedModel, max_norm: float) -> float:
