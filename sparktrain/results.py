@@ -221,7 +221,7 @@ class RunResult:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             **{name: total(name) for name in _MEASURED[_MEASURED.index("data_seconds") :]},
-            "sources": shares.totals(self.sources, table.to_pylist()),
+            "sources": shares.totals(self.sources, table),
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 _COUNTS = ("sequences", "tokens")
 
 
@@ -50,13 +52,13 @@ def given(asked: Sequence[Asked], sequences: Sequence[int], tokens: Sequence[int
     }
 
 
-def totals(asked: Sequence[Asked], steps: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """:func:`given` of a whole run, from the :func:`columns` of its steps, and the losses of the first and the last
-    step that had a target of the source, or None."""
-    counts = [[sum(int(step[f"{what}_{one.name}"]) for step in steps) for one in asked] for what in _COUNTS]
-    found = given(asked, *counts)
+def totals(asked: Sequence[Asked], steps: pa.Table) -> dict[str, dict[str, Any]]:
+    """:func:`given` of a whole run, from the table with the :func:`columns` of its steps, and the losses of the first
+    and the last step that had a target of the source, or None."""
+    column = {name: steps[name].to_pylist() for name in steps.column_names if asked}
+    found = given(asked, *([sum(column[f"{what}_{one.name}"]) for one in asked] for what in _COUNTS))
     for name, values in found.items():
-        losses = [step[f"loss_{name}"] for step in steps if step[f"tokens_{name}"]]
+        losses = [loss for loss in column[f"loss_{name}"] if not math.isnan(loss)]
         values |= {"loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None}
     return found
 

@@ -27,7 +27,7 @@ Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=
 
 class Skip(Section):
     shard: str = ""
-    """File name of a shard: its sequences are in no epoch."""
+    """File name of a shard, with more of its path where several have it: its sequences are in no epoch."""
     sequences: tuple[int, int] | None = None
     """Only its sequences from the first number to before the second; none: all."""
     steps: tuple[int, int] | None = None
@@ -95,7 +95,10 @@ class Data(Section):
     def _sources_can_be_told_apart(self) -> "Data":
         names = [source.name for source in self.sources]
         if names and self.path is not None:
-            raise ValueError("data.path and data.sources are both given: name every source in data.sources, or none")
+            raise ValueError(
+                "data.path and data.sources are both given: leave one out, over a file's by --data.path none or "
+                "--data.sources []"
+            )
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ValueError(f"data.sources has two sources named {twice[0]}: give each a name of its own")
         if len(names) > _MOST_SOURCES:

@@ -194,7 +194,7 @@ def _accumulate_gradients(
                 parameter.grad = None
     for sum_so_far, parameter in zip(exact, parameters, strict=False):
         parameter.grad = sum_so_far.to(parameter.dtype)
-    return torch.cat(found).double().cpu().numpy()
+    return torch.cat(found).cpu().double().numpy()
 
 
 def _clip(model: PreTrainedModel, max_norm: float) -> float:
