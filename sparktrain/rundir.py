@@ -10,7 +10,7 @@
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
     changes/             anyone   see changes.py
     gen/000001/          driver   one attempt; made by an atomic mkdir
-      rank-00000.pickle  rank     its result or failure (results.py)
+      rank-00000.pickle  rank     its result or failure (results/)
       exit-00000.json    task     how the rank's process ended, and its last lines
       heartbeat-00000.json  rank  where it is, every second or so, in place (heartbeat.py)
       over.json          driver   which rank hangs: tasks kill theirs
@@ -43,6 +43,7 @@ from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
 from sparktrain.results import (
+    Asked,
     Outcome,
     RankFailure,
     RankResult,
@@ -216,7 +217,8 @@ class RunDir:
         for checkpoint in self.checkpoints.lineage(outcomes[0].resumed_from if outcomes else None):
             for rank in range(checkpoint.world):
                 earlier += read_records(self.records(checkpoint.generation, rank, checkpoint.step).read_bytes())
-        return RunResult.merge(str(self.path), outcomes, earlier)
+        spec = self.plan_spec()
+        return RunResult.merge(str(self.path), outcomes, earlier, [Asked(*one) for one in spec.asked] if spec else ())
 
     # -- a rank's side -------------------------------------------------------------------------------------------
 

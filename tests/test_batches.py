@@ -35,7 +35,7 @@ from tests.web import serve
 def planned(data: Path, tmp_path: Path) -> tuple[RunDir, PlanSpec]:
     shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
     spec = PlanSpec(shards, sequence_length=32, total_batch=10, steps=40, seed=5)  # straddles an epoch
-    assert spec.num_epochs == 2
+    assert spec.epochs_begun == [2]
     write(tmp_path, plan.rows(spec, 0, spec.num_positions))
     return RunDir(tmp_path), spec
 

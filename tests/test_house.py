@@ -61,6 +61,7 @@ def test_imports_have_no_cycle_and_are_at_most_five_deep() -> None:
     rooms = (
         "sparktrain.tokens.sources",
         "sparktrain.plan",
+        "sparktrain.results",
         "sparktrain.config",
         "sparktrain.train.strategies.distro",
         "sparktrain.train.strategies.replicas",

@@ -11,12 +11,10 @@ from sparktrain.changes import Changes
 from sparktrain.config import RunConfig
 from sparktrain.errors import Changed, DataError, LaunchError
 from sparktrain.plan import PlanSpec
-from sparktrain.results import RankResult, RunResult
+from sparktrain.results import Asked, RankResult, RunResult, shares
 from sparktrain.rundir import RunDir
 from sparktrain.spark import index, launch, planner, preflight, sanity, task
-from sparktrain.tokens import check_alike, locate_shards
 from sparktrain.tokens.sources import is_local
-from sparktrain.tokens.sources.reach import opener
 
 _ATTEMPTS_WITHOUT_PROGRESS = 3
 
@@ -28,6 +26,14 @@ class Prepared:
     config: RunConfig
     spec: PlanSpec
     model: dict[str, Any]
+
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """What is planned of each source of a mixture."""
+        sequences = self.spec.sequences_of_sources if self.spec.mixed else []
+        return shares.given(
+            [Asked(*one) for one in self.spec.asked], sequences, [n * (self.spec.window_length - 1) for n in sequences]
+        )
 
     def describe(self) -> str:
         """Rows, tokens, steps, and bytes per strategy, for people."""
@@ -41,6 +47,7 @@ class Prepared:
             f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {batches} sequences, "
             f"{spec.num_positions * (spec.window_length - 1):,} tokens, "
             f"{spec.num_positions / sum(order.kept for order in spec.orders):.2f} epochs",
+            *(f"source     {line}" for line in shares.lines(self.sources)),
             f"ranks      {world}, {launch_.mode}, {launch_.threads} threads each",
         ]
         ring = max(1, int(self.model["traffic"]["adamw"]["bytes_received"]))
@@ -88,16 +95,12 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
 
 
 def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
-    data, shards = config.data, {}
-    places = {"data.path": data.path, **({"data.heldout": data.heldout} if data.heldout else {})}
-    located = {setting: locate_shards(where, opener(data, {})) for setting, where in places.items()}
-    local = [next(iter(found)) for found in located.values() if is_local(next(iter(found)))]
+    data = config.data
+    located = index.locate(data)
+    local = [first for found in located.values() if is_local(first := next(iter(found)))]
     model = preflight.check_executors(spark, config, local)
-    for setting, found in located.items():
-        shards[setting] = index.index_shards(spark, found, data)
-        index.check_shards(shards[setting], data, model["vocab_size"], setting)
-    check_alike([shard for indexed in shards.values() for shard, _ in indexed])
-    return Prepared(config, planner.spec_of(config, [shard for shard, _ in shards["data.path"]]), model)
+    shards = index.read_shards(spark, located, data, model["vocab_size"])
+    return Prepared(config, planner.spec_of(config, *(shards[setting] for setting in data.trained_on)), model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:

@@ -34,6 +34,41 @@ _SCAN = 1 << 22
 _HASHED = 8 << 20
 
 
+def locate(data: Data) -> dict[str, dict[str, Known]]:
+    """The shards that ``data`` names, by the setting that names them: each source's, and the held-out ones.
+
+    Raises :class:`DataError` where there are none, and for one that two sources have.
+    """
+    opener, located, owners = reach.opener(data, {}), {}, dict[str, str]()
+    for setting, where in {**data.trained_on, **({"data.heldout": data.heldout} if data.heldout else {})}.items():
+        try:
+            located[setting] = tokens.locate_shards(where, opener)
+        except DataError as error:
+            raise DataError(f"{setting}: {error}") from None
+    for setting in data.trained_on:
+        for path in located[setting]:
+            if (owner := owners.setdefault(path, setting)) != setting:
+                raise DataError(f"shard {path} is in {owner} and in {setting}: leave it in one of them")
+    return located
+
+
+def read_shards(
+    spark: SparkSession, located: Mapping[str, Mapping[str, Known]], data: Data, vocab_size: int
+) -> dict[str, list[Shard]]:
+    """What :func:`locate` found, read and checked: all sources in one job, as none may have the tokens of another.
+
+    Raises like :func:`index_shards` and :func:`check_shards`.
+    """
+    read: dict[str, tuple[Shard, int]] = {}
+    for settings in (data.trained_on.keys(), located.keys() - data.trained_on.keys()):
+        if together := {path: known for setting in settings for path, known in located[setting].items()}:
+            read |= {shard.path: (shard, largest) for shard, largest in index_shards(spark, together, data)}
+    for setting, paths in located.items():
+        check_shards([read[path] for path in paths], data, vocab_size, setting)
+    tokens.check_alike([shard for shard, _ in read.values()])
+    return {setting: [read[path][0] for path in paths] for setting, paths in located.items()}
+
+
 def index_shards(spark: SparkSession, located: Mapping[str, Known], data: Data) -> list[tuple[Shard, int]]:
     """The shards ``located`` (:func:`sparktrain.tokens.locate_shards`) in order, each with its largest token id; read
     by executors as ``data`` says, one task per shard.

@@ -104,7 +104,8 @@ def check_alike(shards: Sequence[Shard]) -> None:
         if len(found) > 1:
             (a, first), (b, second) = list(found.items())[:2]
             raise DataError(
-                f"shards {first} and {second} differ in their {what}, {a} and {b}: keep them in different directories"
+                f"shards {first} and {second} differ in their {what}, {a} and {b}: train on what one tokenizer made "
+                "(jobs/tokenize.py --tokenizer)"
             )
 
 

@@ -19,7 +19,8 @@ from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import checkpoint, models, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
-from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.by_source import by_source
+from sparktrain.train.evaluate import heldout_loss, sequence_losses
 from sparktrain.train.external_rounds import Rounds, hand_over
 from sparktrain.train.gradients import accumulate, clip, skip, targets_of
 from sparktrain.train.live import Live
@@ -174,7 +175,7 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
     strategy, live, requests = training.strategy, training.live, training.requests
-    _, batches = _batches(training, first_step)
+    speeds, batches = _batches(training, first_step)
     for step in range(first_step, spec.steps):
         if (now := live.at(step)) is not config:
             config = now
@@ -187,7 +188,8 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
         # What a strategy makes of gradients scaled so is in its contract.
         scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / targets_of(batch, step, spec, world)
-        loss_sum = accumulate(model, batch.to(world.device), scale, config.train, token_losses)
+        losses_B = accumulate(model, batch.to(world.device), scale, config.train, sequence_losses)
+        loss_sum = float(losses_B.sum())
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         updating = time.perf_counter()
@@ -213,12 +215,11 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             data_seconds=loaded - began,
             compute_seconds=ended - loaded - moved["seconds"],
             communication_seconds=moved["seconds"],
-            payload_bytes=int(moved["payload_bytes"]),
-            bytes_sent=int(moved["bytes_sent"]),
-            bytes_received=int(moved["bytes_received"]),
+            **{name: int(moved[name]) for name in _BYTES},
             optimizer_seconds=optimizer_seconds,
             examples=len(batch.tokens),
             delta_norm=strategy.delta_norm,
+            sources=by_source(spec, step, world, speeds, batch, losses_B),
         )
 
 
