@@ -12,6 +12,7 @@
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
+      receipts-00000-000000100.parquet  rank   what it read for them (receipts.py)
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
@@ -159,6 +160,10 @@ class RunDir:
     def records(self, generation: int, rank: int, step: int) -> Path:
         """A rank's steps from the checkpoint before to that at ``step``."""
         return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
+
+    def receipts(self, generation: int, rank: int, step: int) -> Path:
+        """What a rank read from the file before to ``step``."""
+        return self.generation(generation) / f"receipts-{rank:05d}-{step:09d}.parquet"
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())

@@ -21,12 +21,14 @@ class Window:
         labels: ``[L]``: the token at its own place (the model shifts), or ``IGNORED``; None: the tokens themselves.
         position_ids: ``[L]``; None: 0 to L-1.
         sequence_lengths: ``[documents]``: tokens of each document packed in the window, which sum to L; None: one.
+        digest: crc32 of the bytes that it was read from.
     """
 
     tokens: Ints
     labels: Ints | None = None
     position_ids: Ints | None = None
     sequence_lengths: Ints | None = None
+    digest: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sparktrain import failpoints
 from sparktrain.config import RunConfig, Train
 from sparktrain.errors import ConfigError, DataError, Stopped
 from sparktrain.plan import PlanSpec
+from sparktrain.receipts import Receipts
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
@@ -102,7 +103,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     config, spec, requests = training.config, training.spec, training.requests
     records, first_step_at, every = [], 0.0, config.checkpoint.every
     with requests.heeding_sigterm(config.launch.grace):
-        for record in _steps(training, first_step):
+        for record in _steps(training, first_step, saver.receipts):
             records.append(record)
             first_step_at = first_step_at or time.time()
             done = record.step + 1
@@ -118,13 +119,13 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     return records, first_step_at
 
 
-def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
-    """One record per step of the plan from ``first_step`` on."""
+def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = None) -> Iterator[StepRecord]:
+    """One record per step of the plan from ``first_step`` on, and ``receipts`` for what it read."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
     strategy, requests = training.strategy, training.requests
     shards = opener(config.data, known(spec.shards))
     speeds = speed.of_ranks(model, config, spec, world)
-    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards, receipts))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         batch = next(batches)

@@ -1,0 +1,88 @@
+"""Receipts: what a rank has trained on, one row per sequence, in Parquet files beside its records.
+
+A receipt is given for what the loop was handed, and counts where the step was committed by the same attempt
+(``lineage.py``): steps that a killed attempt took after its last checkpoint are taken again, and are not doubled.
+
+The digest is zlib's crc32 of the bytes as they were read. It says at memory speed whether two readings were the same,
+which no cryptographic hash does; against forgery stand the sha256 of the shard and, of the receipts, the manifest of
+the checkpoint that they are a part of.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparktrain.atomic import write
+from sparktrain.errors import DataError, LaunchError
+
+# Rows that are held before they are written, checkpoint or not: some MB.
+_MOST = 1 << 16
+
+
+class Receipt(NamedTuple):
+    """One sequence that a rank was given. ``targets``: its tokens that count."""
+
+    generation: int
+    rank: int
+    step: int
+    slot: int
+    microshard_id: int
+    digest: int
+    targets: int
+
+
+SCHEMA = pa.schema([(name, pa.int64()) for name in Receipt._fields])
+
+
+class Receipts:
+    """Those of rank ``rank`` in attempt ``generation`` that are not on disk yet; ``file_of`` names the file that
+    holds them up to a step."""
+
+    def __init__(self, generation: int, rank: int, file_of: Callable[[int], Path]) -> None:
+        self._generation, self._rank, self._file_of = generation, rank, file_of
+        self._rows: list[Receipt] = []
+
+    def add(self, rows: Sequence[tuple[int, int, int, int, int]]) -> None:
+        """``rows``: step, slot, microshard, digest and targets of each sequence of a batch."""
+        if len(self._rows) >= _MOST:  # before, so that no file holds a step of the checkpoint that comes next
+            self.write()
+        self._rows += [Receipt(self._generation, self._rank, *row) for row in rows]
+
+    def take(self) -> list[Receipt]:
+        """What there is, which somebody else writes."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def write(self) -> None:
+        """What there is, into a file of its own. Raises :class:`LaunchError` where that cannot be written."""
+        if not self._rows:
+            return
+        rows = self.take()
+        file = self._file_of(rows[-1].step + 1)
+        try:
+            write(file, content_of(rows))
+        except OSError as error:
+            raise LaunchError(
+                f"receipts could not be written to {file}: {error.strerror or error}; make room or mend the file "
+                "system, then start the same command again"
+            ) from None
+
+
+def content_of(rows: Sequence[Receipt]) -> bytes:
+    """Receipts as a Parquet file's content."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(SCHEMA)
+    file = io.BytesIO()
+    pq.write_table(pa.table([pa.array(column, pa.int64()) for column in columns], schema=SCHEMA), file)
+    return file.getvalue()
+
+
+def read(file: Path) -> pa.Table:
+    """Inverse of :func:`content_of`. Raises :class:`DataError` where that is none."""
+    try:
+        return pq.read_table(io.BytesIO(file.read_bytes()), schema=SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"receipts {file} cannot be read: {error}: restore them from a copy") from None
