@@ -1,4 +1,4 @@
-"""spark-submit jobs/plan.py CONFIG.toml [--section.key value ...], or --audit RUN_DIR: write a plan; was it followed."""
+"""spark-submit jobs/plan.py CONFIG.toml [--section.key value ...], or --audit RUN_DIR: plan a run, audit a run."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ from pydantic_settings import CliImplicitFlag
 
 from sparktrain import cli
 from sparktrain.config import RunConfig
-from sparktrain.spark import audit, driver
-from sparktrain.spark.session import session
+from sparktrain.spark import audit, driver, session
 
 
 class PlanJob(RunConfig):
@@ -21,8 +20,9 @@ class PlanJob(RunConfig):
 
 def main(argv: list[str]) -> None:
     job = cli.parse(PlanJob, argv)
-    with session("sparktrain plan") as spark:
-        for line in audit.audit(spark, job.audit, job.reread) if job.audit else driver.plan(spark, job):
+    config = RunConfig.model_validate(job.model_dump(exclude={"audit", "reread"}))
+    with session.session("sparktrain plan") as spark:
+        for line in audit.audit(spark, job.audit, job.reread) if job.audit else driver.plan(spark, config):
             print(line, flush=True)
 
 

@@ -45,6 +45,7 @@ class Receipts:
     def __init__(self, generation: int, rank: int, file_of: Callable[[int], Path]) -> None:
         self._generation, self._rank, self._file_of = generation, rank, file_of
         self._rows: list[Receipt] = []
+        self._files: list[Path] = []
 
     def add(self, rows: Sequence[tuple[int, int, int, int, int]]) -> None:
         """``rows``: step, slot, microshard, digest and targets of each sequence of a batch."""
@@ -52,24 +53,26 @@ class Receipts:
             self.write()
         self._rows += [Receipt(self._generation, self._rank, *row) for row in rows]
 
-    def take(self) -> list[Receipt]:
-        """What there is, which somebody else writes."""
-        rows, self._rows = self._rows, []
-        return rows
+    def take(self) -> tuple[list[Receipt], list[Path]]:
+        """What came since it was taken last: receipts that somebody else is to write, and files that are written."""
+        rows, files = self._rows, self._files
+        self._rows, self._files = [], []
+        return rows, files
 
     def write(self) -> None:
         """What there is, into a file of its own. Raises :class:`LaunchError` where that cannot be written."""
         if not self._rows:
             return
-        rows = self.take()
-        file = self._file_of(rows[-1].step + 1)
+        file = self._file_of(self._rows[-1].step + 1)
         try:
-            write(file, content_of(rows))
+            write(file, content_of(self._rows))
         except OSError as error:
             raise LaunchError(
                 f"receipts could not be written to {file}: {error.strerror or error}; make room or mend the file "
                 "system, then start the same command again"
             ) from None
+        self._rows = []
+        self._files.append(file)
 
 
 def content_of(rows: Sequence[Receipt]) -> bytes:

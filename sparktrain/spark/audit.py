@@ -6,7 +6,7 @@ checkpoint. Nothing here depends on the number of ranks.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,12 @@ def names_of(spark: SparkSession, directory: RunDir, spec: PlanSpec, lineage: li
     plan = [_readable(file, None) for file in sorted(directory.plan.glob("*.parquet"))]
     attempts = sorted({stretch.generation for stretch in lineage})
     files = [file for number in attempts for file in sorted(directory.generation(number).glob("receipts-*.parquet"))]
-    columns = ", ".join(f"{name} long" for name in SCHEMA.names)
     if files:
+        columns = ", ".join(f"{name} long" for name in SCHEMA.names)
         read = spark.read.schema(columns).parquet(*(planner.literal(_readable(file, SCHEMA)) for file in files))
     else:
-        read = spark.createDataFrame([], columns)
-    stretches = spark.createDataFrame(lineage, "generation long, first_step long, last_step long, world long")
+        read = spark.createDataFrame(SCHEMA.empty_table())
+    stretches = _table(spark, lineage, "generation", "first_step", "last_step", "world")
     counted = """select r.* from {read} r join {lineage} l on r.generation = l.generation
                  and r.step >= l.first_step and r.step < l.last_step"""
     return {
@@ -76,7 +76,7 @@ def names_of(spark: SparkSession, directory: RunDir, spec: PlanSpec, lineage: li
         "promised": planner.plan_frame(spark, spec),
         "counted": spark.sql(counted, read=read, lineage=stretches),
         "sources": _sources(spark, spec),
-        "skipped": spark.createDataFrame(list(spec.skipped), "first long, last long"),
+        "skipped": _table(spark, spec.skipped, "first", "last"),
         "stretches": _stretches(spark, spec),
         "shards": _shards(spark, spec),
         "positions": spec.num_positions,
@@ -104,9 +104,7 @@ def _sources(spark: SparkSession, spec: PlanSpec) -> DataFrame:
         total = order.n * (2 * first + order.n - 1) // 2 - gone
         least, most = _ends(order)
         rows.append((number, first, first + order.n, order.kept, first + least, first + most, str(total)))
-    table = spark.createDataFrame(
-        rows, "source int, first long, last long, kept long, least long, most long, total string"
-    )
+    table = _table(spark, rows, "source", "first", "last", "kept", "least", "most", total=pa.string())
     return table.selectExpr("*", "cast(total as decimal(38, 0)) promised").drop("total")
 
 
@@ -120,7 +118,7 @@ def _ends(order: Order) -> tuple[int, int]:
 def _stretches(spark: SparkSession, spec: PlanSpec) -> DataFrame:
     ends = [*(stretch.first_step for stretch in spec.stretches[1:]), spec.steps]
     rows = [(s.first_step, min(end, spec.steps), s.batch) for s, end in zip(spec.stretches, ends, strict=True)]
-    return spark.createDataFrame(rows, "first_step long, last_step long, batch long")
+    return _table(spark, rows, "first_step", "last_step", "batch")
 
 
 def _shards(spark: SparkSession, spec: PlanSpec) -> DataFrame:
@@ -132,8 +130,15 @@ def _shards(spark: SparkSession, spec: PlanSpec) -> DataFrame:
     drawn = np.array(spec.draws_before(spec.num_positions), dtype=np.float64)
     per_microshard = drawn / drawn.sum() / [order.kept for order in spec.orders]
     share = kept * per_microshard[np.searchsorted(spec.first_of_sources, firsts, side="right") - 1]
-    rows = [(s.path, s.num_tokens, float(p)) for s, p in zip(spec.shards, share, strict=True)]
-    return spark.createDataFrame(rows, "path string, num_tokens long, share double")
+    rows = [(s.num_tokens, s.path, float(p)) for s, p in zip(spec.shards, share, strict=True)]
+    return _table(spark, rows, "num_tokens", path=pa.string(), share=pa.float64())
+
+
+def _table(spark: SparkSession, rows: Iterable[tuple[Any, ...]], *numbers: str, **others: pa.DataType) -> DataFrame:
+    """A small table, by Arrow: of rows of Python's Spark makes a job of its own."""
+    schema = pa.schema([*((name, pa.int64()) for name in numbers), *others.items()])
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    return spark.createDataFrame(pa.table([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema))
 
 
 def _mix(spark: SparkSession, names: Names, spec: PlanSpec) -> str:

@@ -74,7 +74,7 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
 
 def plan(spark: SparkSession, config: RunConfig) -> Iterator[str]:
     """Everything :func:`run` checks, and the plan, left in the run directory for a run to begin with; lines of text."""
-    config = preflight.resolve(spark, RunConfig(**{name: getattr(config, name) for name in RunConfig.model_fields}))
+    config = preflight.resolve(spark, config)
     directory = RunDir(config.run.dir)
     with directory.lock():
         directory.check(config)

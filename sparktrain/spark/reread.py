@@ -26,8 +26,9 @@ def misread(spec: PlanSpec, data: Data, located: DataFrame) -> DataFrame:
 
 def changed(spark: SparkSession, spec: PlanSpec, data: Data) -> DataFrame:
     """``found``: a line for each shard whose sha256 is another than when the plan was made."""
-    hashed = [(number,) for number, shard in enumerate(spec.shards) if shard.sha256]
-    numbers = spark.createDataFrame(hashed, "number int").repartition(4 * spark.sparkContext.defaultParallelism)
+    hashed = [number for number, shard in enumerate(spec.shards) if shard.sha256]
+    parts = min(len(hashed), 4 * spark.sparkContext.defaultParallelism)
+    numbers = spark.createDataFrame(pa.table({"number": hashed})).repartition(parts)
     return numbers.mapInArrow(partial(_hash, data, spec.shards), "found string")
 
 

@@ -106,7 +106,7 @@ class Checkpointer:
         weights: dict[str, Tensor],
         packed: Mapping[str, tuple[dict[str, Tensor], str]],
         records: list[StepRecord],
-        receipts: list[Receipt],
+        receipts: tuple[list[Receipt], list[Path]],
     ) -> None:
         files, rank = self._directory.checkpoints, self._world.rank
         name, at = name_of(step, self._generation), {"rank": rank, "step": step, "generation": self._generation}
@@ -121,8 +121,9 @@ class Checkpointer:
             parts |= files.write_part(here / file, content, self._last)
         rows = self._directory.records(self._generation, rank, step)
         parts |= files.write_part(rows, write_records(rank, records), None)
-        read_ = self._directory.receipts(self._generation, rank, step)
-        parts |= files.write_part(read_, content_of(receipts), None)
+        given, written = receipts
+        parts |= files.write_part(self._directory.receipts(self._generation, rank, step), content_of(given), None)
+        parts |= parts_of(files.run_dir, written)
         files.seal(name, rank, parts)
         failpoints.reach("checkpoint.parts", **at)
         if rank == 0:
