@@ -5,6 +5,7 @@
     run.json             driver   identity of the run; written once
     config.json          driver   resolved settings; ranks read them
     plan/*.parquet       driver   the plan (Spark); ranks read their rows
+    digests/*.u4         driver   what each sequence's bytes are (Spark); ranks compare as they read
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
@@ -60,6 +61,7 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
+        self.digests = self.path / "digests"
         self.model = self.path / "model"
         self.checkpoints = Checkpoints(self.path)
 

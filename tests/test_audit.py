@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparktrain import cli, failpoints, receipts, tokens
+from sparktrain import cli, failpoints, plan, receipts, tokens
 from sparktrain.checkpoints import name_of
 from sparktrain.config import RunConfig
 from sparktrain.errors import DataError, LaunchError, ModelError
@@ -23,9 +23,10 @@ from sparktrain.lineage import Committed, committed
 from sparktrain.plan import PlanSpec
 from sparktrain.receipts import Receipts
 from sparktrain.rundir import RunDir
-from sparktrain.spark import audit, index, planner
+from sparktrain.spark import audit, digesting, index, planner
 from sparktrain.spark.checks import CHECKS
 from sparktrain.train import loop
+from sparktrain.train.batches import Batches
 from sparktrain.train.world import World
 from tests.conftest import run_on_ranks, tiny_argv, write_shards
 
@@ -80,7 +81,9 @@ def run(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     directory = RunDir(path / "run")
     directory.path.mkdir()
     directory.claim(config)
-    planner.write_plan(spark, planner.spec_of(config, [shard for shard, _ in indexed]), directory)
+    spec = planner.spec_of(config, [shard for shard, _ in indexed])
+    digesting.write_digests(spark, spec, config.data, directory.digests)
+    planner.write_plan(spark, spec, directory)
     attempt(directory, 2, "updated@step=5:raise")
     attempt(directory, 3, "updated@step=9:raise")
     attempt(directory, 1)
@@ -293,6 +296,33 @@ def test_a_digest_is_that_of_the_bytes(run: RunDir) -> None:
     assert row["digest"] == zlib.crc32(stored)
 
 
+def test_other_bytes_than_planned_are_not_trained_on(run: RunDir, copy: RunDir) -> None:
+    spec = spec_of(run)
+    bad = next(row for row in plan.rows(spec, 12, 60) if row.path == spec.shards[0].path)
+    shard, batches = Path(bad.path), iter(Batches(run, spec, 0, 1))
+    content, at = shard.read_bytes(), 2 * (bad.start + 5)
+    try:
+        shard.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        for _ in range(bad.step):
+            next(batches)
+        nth = bad.start // 32
+        with pytest.raises(
+            DataError, match=rf"shard {shard} has other bytes than .* sequence {nth} has crc32 \w+, had"
+        ):
+            next(batches)
+    finally:
+        shard.write_bytes(content)
+    (copy.digests / "00000.u4").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"00000.u4 has 1 digests, expected 31 of"):
+        list(Batches(copy, spec, 0, 1))
+    plan_row(bad.pos, microshard_id=40)(copy)
+    (copy.digests / "00000.u4").unlink()
+    assert len(list(Batches(copy, spec, 0, 1))) == 12  # nothing is known of that shard
+    shutil.copytree(run.digests, copy.digests, dirs_exist_ok=True)
+    with pytest.raises(DataError, match="the plan has microshard 40 in shard"):
+        list(Batches(copy, spec, 0, 1))
+
+
 @pytest.mark.parametrize(
     ("sabotage", "words"),
     [
@@ -329,6 +359,8 @@ def test_a_plan_can_be_written_without_training(
     planned = RunDir(tmp_path / "run")
     assert planned.plan_spec() == run.plan_spec()
     assert planned.latest_generation() == 0
+    for number in (0, 1):
+        assert (planned.digests / f"{number:05d}.u4").read_bytes() == (run.digests / f"{number:05d}.u4").read_bytes()
     code, out, _ = job("plan", "--audit", str(planned.path))
     assert code == 0
     assert out.startswith("steps  0 of 12 are committed: there is no checkpoint yet\n")

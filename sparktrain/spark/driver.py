@@ -13,7 +13,7 @@ from sparktrain.errors import DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
-from sparktrain.spark import index, launch, planner, preflight, task
+from sparktrain.spark import digesting, index, launch, planner, preflight, task
 from sparktrain.tokens import check_alike, locate_shards
 from sparktrain.tokens.sources import is_local
 from sparktrain.tokens.sources.reach import opener
@@ -96,7 +96,9 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
 def _write_plan(spark: SparkSession, config: RunConfig, directory: RunDir) -> str:
     prepared = _prepare(spark, config)
     directory.claim(config)
-    planner.write_plan(spark, prepared.spec, directory)
+    if directory.plan_spec() != prepared.spec:
+        digesting.write_digests(spark, prepared.spec, config.data, directory.digests)
+        planner.write_plan(spark, prepared.spec, directory)
     return prepared.describe()
 
 

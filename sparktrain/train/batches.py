@@ -9,6 +9,7 @@ from itertools import islice
 
 import pyarrow.dataset as pads
 
+from sparktrain.digests import Digests
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, rows, runs_of_steps, slots_of
 from sparktrain.receipts import Receipts
@@ -58,6 +59,7 @@ class Batches:
         self._rank, self._world, self._weights, self._receipts = rank, world, weights, receipts
         shards = {shard.path: shard for shard in spec.shards}
         self._remote = not all(map(is_local, shards))
+        self._digests = Digests(directory.digests, spec.shards, spec.first_microshards)
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -117,7 +119,9 @@ class Batches:
 
     def _window(self, assignment: Assignment) -> tuple[Assignment, Window]:
         with self._files.use(assignment.path) as file:
-            return assignment, file.window(assignment.start, assignment.length, documents=False)
+            window = file.window(assignment.start, assignment.length, documents=False)
+        self._digests.check(assignment.path, assignment.microshard_id, window.digest)
+        return assignment, window
 
 
 def _together(read: Sequence[tuple[Assignment, Window]]) -> tuple[Batch, _Read]:
