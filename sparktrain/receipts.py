@@ -3,9 +3,9 @@
 A receipt is given for what the loop was handed, and counts where the step was committed by the same attempt
 (``lineage.py``): steps that a killed attempt took after its last checkpoint are taken again, and are not doubled.
 
-The digest is zlib's crc32 of the bytes as they were read. It says at memory speed whether two readings were the same,
-which no cryptographic hash does; against forgery stand the sha256 of the shard and, of the receipts, the manifest of
-the checkpoint that they are a part of.
+The digest is zlib's crc32 of what was read (``TokenFile.digest_of``). It says at memory speed whether two readings were
+the same, which no cryptographic hash does; against forgery stand the sha256 of the shard and, of the receipts, the
+manifest of the checkpoint that they are a part of.
 """
 
 import io

@@ -42,7 +42,8 @@ def _digest(spec: PlanSpec, data: Data, directory: Path, batches: Iterable[pa.Re
             stride, count = stride_of(shard, spec.sequence_length), int(np.diff(spec.first_microshards)[number])
             try:
                 file = TokenFile(shard, opener)
-                found = [file.window(i * stride, spec.window_length, documents=False).digest for i in range(count)]
+                windows = (file.window(i * stride, spec.window_length, documents=False) for i in range(count))
+                found = [file.digest_of(window) for window in windows]
                 file.close()
                 write(file_of(directory, number), np.array(found, dtype="<u4").tobytes())
             except DataError as error:

@@ -43,11 +43,11 @@ def _compare(data: Data, spec: PlanSpec, batches: Iterable[pa.RecordBatch]) -> I
             try:
                 with files.use(row["path"]) as file:
                     window = file.window(row["start"], spec.window_length, documents=False)
-                targets = stack([window]).num_targets
-                if (window.digest, targets) != (row["digest"], row["targets"]):
+                    digest, targets = file.digest_of(window), stack([window]).num_targets
+                if (digest, targets) != (row["digest"], row["targets"]):
                     found.append(
                         f"{where} was read with digest {row['digest']:08x} and {row['targets']} targets, has "
-                        f"{window.digest:08x} and {targets}"
+                        f"{digest:08x} and {targets}"
                     )
             except DataError as error:
                 found.append(f"{where}: {error}")

@@ -128,7 +128,9 @@ class TokenFile:
         self._check_rows(start, length)
         if self._rows:
             return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length).tokens
-        return self._decoded(self._stored(start, length))
+        size = self.shard.token_size
+        raw_ = self._source.read(self.shard.offset + start * size, length * size)
+        return np.frombuffer(raw_, dtype=f"<{'i' if self.shard.signed else 'u'}{size}").astype(np.int64)
 
     def window(self, start: int, length: int, documents: bool = True) -> Window:
         """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents; those
@@ -136,17 +138,23 @@ class TokenFile:
         if self._rows:
             self._check_rows(start, length)
             return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length)
-        stored = self._stored(start, length)
-        tokens, labels, digest = self._decoded(stored), None, crc32(stored)
+        tokens, labels = self.read(start, length), None
         if self._mask:
-            stored = self._mask.read(start, length)
-            mask, digest = np.frombuffer(stored, dtype=np.uint8), crc32(stored, digest)
+            mask = np.frombuffer(self._mask.read(start, length), dtype=np.uint8)
             if mask.max(initial=0) > 1:
                 at = start + int(np.argmax(mask > 1))
                 raise DataError(f"{self._mask.uri} has {mask.max()} at byte {at}, expected 0 or 1: write it again")
             labels = np.where(mask == 1, tokens, IGNORED)
         lengths = pieces(self.document_ends(), start, length) if documents and self.shard.num_documents else None
-        return Window(tokens, labels, None, lengths, digest)
+        return Window(tokens, labels, None, lengths)
+
+    def digest_of(self, window: Window) -> int:
+        """crc32 of a window of this file: of the bytes as they are stored, where these are tokens and nothing else; or
+        of all numbers (:meth:`Window.digest`)."""
+        if self._rows or self._mask:
+            return window.digest()
+        kind = f"<{'i' if self.shard.signed else 'u'}{self.shard.token_size}"
+        return crc32(window.tokens.astype(kind).data)
 
     def document_ends(self) -> Ints:
         """Ends of the documents in tokens, exclusive; empty where no boundaries are known."""
@@ -162,14 +170,6 @@ class TokenFile:
         if self._mask:
             self._mask.close()
         self._source.close()
-
-    def _stored(self, start: int, length: int) -> bytes:
-        size = self.shard.token_size
-        return self._source.read(self.shard.offset + start * size, length * size)
-
-    def _decoded(self, stored: bytes) -> npt.NDArray[np.int64]:
-        kind = f"<{'i' if self.shard.signed else 'u'}{self.shard.token_size}"
-        return np.frombuffer(stored, dtype=kind).astype(np.int64)
 
     def _check_rows(self, start: int, length: int) -> None:
         width = self.shard.row_length

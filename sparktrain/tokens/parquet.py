@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -116,10 +115,7 @@ class Rows:
             parts.append({name: v[o[first - begin] : o[end - begin]] for name, (v, o) in group.items()})
             first = end
         columns = {name: np.concatenate([p[name] for p in parts]).astype(np.int64) for name in parts[0]}
-        digest = 0
-        for name in sorted(columns):
-            digest = crc32(columns[name].data, digest)
-        return Window(columns.pop(self._column), **columns, digest=digest)
+        return Window(columns.pop(self._column), **columns)
 
     def close(self) -> None:
         self._kept.drop(self)

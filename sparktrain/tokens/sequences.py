@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +22,20 @@ class Window:
         labels: ``[L]``: the token at its own place (the model shifts), or ``IGNORED``; None: the tokens themselves.
         position_ids: ``[L]``; None: 0 to L-1.
         sequence_lengths: ``[documents]``: tokens of each document packed in the window, which sum to L; None: one.
-        digest: crc32 of the bytes that it was read from.
     """
 
     tokens: Ints
     labels: Ints | None = None
     position_ids: Ints | None = None
     sequence_lengths: Ints | None = None
-    digest: int = 0
+
+    def digest(self) -> int:
+        """crc32 of all its numbers as little-endian int64: tokens, and what came with them."""
+        found = 0
+        for numbers in (self.tokens, self.labels, self.position_ids, self.sequence_lengths):
+            if numbers is not None:
+                found = crc32(np.ascontiguousarray(numbers, dtype="<i8").data, found)
+        return found
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,14 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        return sum(self.targets_of_rows)
+        return int(self.targets_of_rows.sum())
 
     @property
-    def targets_of_rows(self) -> list[int]:
+    def targets_of_rows(self) -> torch.Tensor:
+        """``[n]`` int64."""
         if self.labels is None:
-            return [self.tokens.shape[1] - 1] * self.tokens.shape[0]
-        found: list[int] = (self.labels[:, 1:] != IGNORED).sum(dim=1).tolist()
-        return found
+            return torch.full((self.tokens.shape[0],), self.tokens.shape[1] - 1)
+        return (self.labels[:, 1:] != IGNORED).sum(1)
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if t is None else t.to(device) for t in self._parts()))  # type: ignore[arg-type]

@@ -117,14 +117,15 @@ class Batches:
         found = {i: self._window(assignments[i]) for i in order}
         return _together([found[i] for i in range(len(assignments))])
 
-    def _window(self, assignment: Assignment) -> tuple[Assignment, Window]:
+    def _window(self, assignment: Assignment) -> tuple[Assignment, Window, int]:
         with self._files.use(assignment.path) as file:
             window = file.window(assignment.start, assignment.length, documents=False)
-        self._digests.check(assignment.path, assignment.microshard_id, window.digest)
-        return assignment, window
+            digest = file.digest_of(window)
+        self._digests.check(assignment.path, assignment.microshard_id, digest)
+        return assignment, window, digest
 
 
-def _together(read: Sequence[tuple[Assignment, Window]]) -> tuple[Batch, _Read]:
-    batch = Batch.of(stack([window for _, window in read]))
-    of = zip(read, batch.targets_of_rows, strict=True)
-    return batch, [(row.step, row.slot, row.microshard_id, window.digest, targets) for (row, window), targets in of]
+def _together(read: Sequence[tuple[Assignment, Window, int]]) -> tuple[Batch, _Read]:
+    batch = Batch.of(stack([window for _, window, _ in read]))
+    of = zip(read, batch.targets_of_rows.tolist(), strict=True)
+    return batch, [(row.step, row.slot, row.microshard_id, digest, targets) for (row, _, digest), targets in of]
