@@ -11,7 +11,6 @@ manifest of the checkpoint that they are a part of.
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,19 +22,12 @@ from sparktrain.errors import DataError, LaunchError
 _MOST = 1 << 16
 
 
-class Receipt(NamedTuple):
-    """One sequence that a rank was given. ``targets``: its tokens that count."""
+# Of a sequence that a rank was given: step, slot, microshard, digest, targets (its tokens that count).
+Receipt = tuple[int, int, int, int, int]
 
-    generation: int
-    rank: int
-    step: int
-    slot: int
-    microshard_id: int
-    digest: int
-    targets: int
-
-
-SCHEMA = pa.schema([(name, pa.int64()) for name in Receipt._fields])
+SCHEMA = pa.schema(
+    [(name, pa.int64()) for name in ("generation", "rank", "step", "slot", "microshard_id", "digest", "targets")]
+)
 
 
 class Receipts:
@@ -47,11 +39,11 @@ class Receipts:
         self._rows: list[Receipt] = []
         self._files: list[Path] = []
 
-    def add(self, rows: Sequence[tuple[int, int, int, int, int]]) -> None:
-        """``rows``: step, slot, microshard, digest and targets of each sequence of a batch."""
+    def add(self, receipts: Sequence[Receipt]) -> None:
+        """Those of a batch."""
         if len(self._rows) >= _MOST:  # before, so that no file holds a step of the checkpoint that comes next
             self.write()
-        self._rows += [Receipt(self._generation, self._rank, *row) for row in rows]
+        self._rows += receipts
 
     def take(self) -> tuple[list[Receipt], list[Path]]:
         """What came since it was taken last: receipts that somebody else is to write, and files that are written."""
@@ -63,9 +55,9 @@ class Receipts:
         """What there is, into a file of its own. Raises :class:`LaunchError` where that cannot be written."""
         if not self._rows:
             return
-        file = self._file_of(self._rows[-1].step + 1)
+        file = self._file_of(self._rows[-1][0] + 1)
         try:
-            write(file, content_of(self._rows))
+            write(file, self.content(self._rows))
         except OSError as error:
             raise LaunchError(
                 f"receipts could not be written to {file}: {error.strerror or error}; make room or mend the file "
@@ -74,17 +66,17 @@ class Receipts:
         self._rows = []
         self._files.append(file)
 
-
-def content_of(rows: Sequence[Receipt]) -> bytes:
-    """Receipts as a Parquet file's content."""
-    columns = list(zip(*rows, strict=True)) or [()] * len(SCHEMA)
-    file = io.BytesIO()
-    pq.write_table(pa.table([pa.array(column, pa.int64()) for column in columns], schema=SCHEMA), file)
-    return file.getvalue()
+    def content(self, receipts: Sequence[Receipt]) -> bytes:
+        """``receipts`` as a Parquet file's content."""
+        by_rank = [[number] * len(receipts) for number in (self._generation, self._rank)]
+        columns = [*by_rank, *zip(*receipts, strict=True)] if receipts else [[]] * len(SCHEMA)
+        file = io.BytesIO()
+        pq.write_table(pa.table([pa.array(column, pa.int64()) for column in columns], schema=SCHEMA), file)
+        return file.getvalue()
 
 
 def read(file: Path) -> pa.Table:
-    """Inverse of :func:`content_of`. Raises :class:`DataError` where that is none."""
+    """Receipts as a table. Raises :class:`DataError` where that is none."""
     try:
         return pq.read_table(io.BytesIO(file.read_bytes()), schema=SCHEMA)
     except (OSError, pa.ArrowException) as error:

@@ -128,6 +128,12 @@ def edit(file: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
     rows = table.to_pylist()
     change(rows)
     pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
+    file.with_name(f".{file.name}.crc").unlink(missing_ok=True)  # Hadoop's own, of what Spark wrote
+
+
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
 
 
 def plan_row(pos: int, /, **changes: Any) -> Callable[[RunDir], None]:
@@ -327,6 +333,7 @@ def test_other_bytes_than_planned_are_not_trained_on(run: RunDir, copy: RunDir) 
         (lambda d: d.receipts(1, 0, 4).write_bytes(b"torn"), r"receipts-00000-000000004.parquet cannot be read"),
         (lambda d: shutil.copy(d.records(1, 0, 4), d.receipts(1, 0, 4)), "holds no receipts, but columns rank, step"),
         (lambda d: next(d.plan.glob("*.parquet")).write_bytes(b"torn"), r"plan/part-.* cannot be read"),
+        (lambda d: damage(next(d.plan.glob("*.parquet"))), r"cannot be audited: .*ChecksumException"),
         (lambda d: (d.path / "plan.json").unlink(), "holds no plan"),
         (lambda d: (d.path / "config.json").unlink(), "is no run directory"),
     ],

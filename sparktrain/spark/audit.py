@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from sparktrain.config import RunConfig
@@ -33,6 +35,15 @@ _ALARM = 6
 def audit(spark: SparkSession, run_dir: Path, reread_bytes: bool = True) -> Iterator[str]:
     """A line for each check of the run directory, and a summary. Raises :class:`DataError` at the end where any found
     something wrong. ``reread_bytes``: read again what was trained on, and compare."""
+    try:
+        yield from _audit(spark, run_dir, reread_bytes)
+    except (PySparkException, Py4JJavaError) as error:
+        causes = [line for line in str(error).splitlines() if line.startswith("Caused by: ")] or str(error).splitlines()
+        cause = causes[-1].removeprefix("Caused by: ")
+        raise DataError(f"{run_dir} cannot be audited: {cause}; restore the file, or mend the cluster") from error
+
+
+def _audit(spark: SparkSession, run_dir: Path, reread_bytes: bool) -> Iterator[str]:
     directory = RunDir(run_dir)
     config, spec = directory.config(), directory.plan_spec()
     if spec is None:

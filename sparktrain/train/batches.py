@@ -12,7 +12,7 @@ import pyarrow.dataset as pads
 from sparktrain.digests import Digests
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, rows, runs_of_steps, slots_of
-from sparktrain.receipts import Receipts
+from sparktrain.receipts import Receipt, Receipts
 from sparktrain.rundir import RunDir
 from sparktrain.tokens import TokenFile
 from sparktrain.tokens.ahead import read_ahead
@@ -29,9 +29,6 @@ _AHEAD = 2
 # Ranges of servers and stores that are read at a time.
 _CONNECTIONS = 16
 _OPEN_FILES = 64
-
-# Of each sequence of a batch: step, slot, microshard, digest, targets.
-_Read = list[tuple[int, int, int, int, int]]
 
 
 class Batches:
@@ -69,10 +66,10 @@ class Batches:
                     self._receipts.add(read)
                 yield batch
 
-    def _by_batch(self) -> Generator[tuple[Batch, _Read], None, None]:
+    def _by_batch(self) -> Generator[tuple[Batch, list[Receipt]], None, None]:
         yield from read_ahead(self._steps(), self._batch, 1, _AHEAD)
 
-    def _by_range(self) -> Generator[tuple[Batch, _Read], None, None]:
+    def _by_range(self) -> Generator[tuple[Batch, list[Receipt]], None, None]:
         """Window by window, many at a time: a server's answers take long, but it gives them side by side."""
         runs = list(runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, _PLAN_WINDOW))
         slots = [slots_of(self._rank, self._world, batch, self._weights) for _, _, batch in runs]
@@ -111,7 +108,7 @@ class Batches:
             if row != expected:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
 
-    def _batch(self, assignments: list[Assignment]) -> tuple[Batch, _Read]:
+    def _batch(self, assignments: list[Assignment]) -> tuple[Batch, list[Receipt]]:
         # In the order of the files, in which a row group is decoded once for all rows in it.
         order = sorted(range(len(assignments)), key=lambda i: (assignments[i].path, assignments[i].start))
         found = {i: self._window(assignments[i]) for i in order}
@@ -125,7 +122,7 @@ class Batches:
         return assignment, window, digest
 
 
-def _together(read: Sequence[tuple[Assignment, Window, int]]) -> tuple[Batch, _Read]:
+def _together(read: Sequence[tuple[Assignment, Window, int]]) -> tuple[Batch, list[Receipt]]:
     batch = Batch.of(stack([window for _, window, _ in read]))
     of = zip(read, batch.targets_of_rows.tolist(), strict=True)
     return batch, [(row.step, row.slot, row.microshard_id, digest, targets) for (row, _, digest), targets in of]

@@ -26,7 +26,7 @@ from sparktrain import failpoints
 from sparktrain.checkpoints import Manifest, Part, name_of, parts_of
 from sparktrain.config import RunConfig
 from sparktrain.errors import LaunchError, ModelError, Superseded
-from sparktrain.receipts import Receipt, Receipts, content_of
+from sparktrain.receipts import Receipt, Receipts
 from sparktrain.results import StepRecord, write_records
 from sparktrain.rundir import RunDir
 from sparktrain.train import models
@@ -122,7 +122,9 @@ class Checkpointer:
         rows = self._directory.records(self._generation, rank, step)
         parts |= files.write_part(rows, write_records(rank, records), None)
         given, written = receipts
-        parts |= files.write_part(self._directory.receipts(self._generation, rank, step), content_of(given), None)
+        parts |= files.write_part(
+            self._directory.receipts(self._generation, rank, step), self.receipts.content(given), None
+        )
         parts |= parts_of(files.run_dir, written)
         files.seal(name, rank, parts)
         failpoints.reach("checkpoint.parts", **at)
