@@ -150,12 +150,21 @@ def plan_row(pos: int, /, **changes: Any) -> Callable[[RunDir], None]:
     return sabotage
 
 
+def held_by(directory: RunDir, pos: int) -> dict[str, Any]:
+    rows = {r["pos"]: r for f in directory.plan.glob("*.parquet") for r in pq.read_table(f).to_pylist()}
+    return {name: rows[pos][name] for name in ("microshard_id", "path", "start")}
+
+
+def held_by_another(pos: int, other: int) -> Callable[[RunDir], None]:
+    """Position ``pos`` holds what ``other``, of the same epoch, holds too."""
+    return lambda directory: plan_row(pos, **held_by(directory, other))(directory)
+
+
 def swapped(directory: RunDir) -> None:
     """Positions 7 and 30, both of the first epoch, change what they hold: still once each."""
-    rows = {r["pos"]: r for f in directory.plan.glob("*.parquet") for r in pq.read_table(f).to_pylist()}
-    held = [{name: rows[pos][name] for name in ("microshard_id", "path", "start")} for pos in (7, 30)]
-    plan_row(7, **held[1])(directory)
-    plan_row(30, **held[0])(directory)
+    first, second = held_by(directory, 7), held_by(directory, 30)
+    plan_row(7, **second)(directory)
+    plan_row(30, **first)(directory)
 
 
 def receipt(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[RunDir], None]:
@@ -174,15 +183,16 @@ def manifest(step: int, generation: int, **changes: Any) -> Callable[[RunDir], N
 SABOTAGES: dict[str, tuple[str, Callable[[RunDir], None], str]] = {
     "row lost": ("C1", plan_row(7), "167 rows at positions 0 to 167 where 168 from 0 on belong"),
     "row moved": ("C1", plan_row(7, pos=8), "168 rows"),
-    "microshard twice": ("C2", plan_row(7, microshard_id=20), "microshard 20 comes 2 times in epoch 0"),
-    "microshard of no shard": ("C3", plan_row(7, microshard_id=62), "1 microshards 62 to 62 in epoch 0"),
-    "skipped microshard": ("C3", plan_row(100, microshard_id=35), "microshard 35 is to be skipped"),
+    "microshard twice": ("C2", held_by_another(7, 30), "comes 2 times in epoch 0"),
+    "epoch not whole": ("C3", held_by_another(100, 101), "60 microshards 0 to 61 of source 0 in epoch 1"),
+    "microshard of no shard": ("C3", plan_row(7, microshard_id=62), "1 microshards 62 to 62 of source in epoch 0"),
+    "skipped microshard": ("C3", plan_row(7, microshard_id=35), "microshard 35 is to be skipped"),
     "slot twice": ("C4", plan_row(7, slot=8), "step 0 has 12 rows in slots 0 to 11 expected 12"),
     "step too long": ("C4", plan_row(7, step=1, slot=12), "step 0 has 11 rows"),
     "receipt lost": ("C5", receipt(lambda rows: rows.pop()), "no receipt for slot"),
     "receipt doubled": ("C5", receipt(lambda rows: rows.append(rows[0])), "2 receipts for slot"),
     "other microshard": ("C5", receipt(lambda rows: rows[0].update(microshard_id=61)), "receipt for microshard 61 in"),
-    "slot of no plan": ("C5", receipt(lambda rows: rows[0].update(slot=16)), "in slot 16 of step"),
+    "slot of no plan": ("C5", receipt(lambda rows: rows.append(rows[0] | {"slot": 16})), "in slot 16 of step 7 which"),
     "file of receipts lost": ("C5", lambda directory: directory.receipts(2, 1, 8).unlink(), "no receipt for slot"),
     "lineage cut": ("C5", manifest(10, 3, parent=None), "no receipt for slot 0 of step"),
     "outside its shard": ("C6", plan_row(7, start=1000), "33 tokens from token 1000 of"),
@@ -333,7 +343,7 @@ def test_other_bytes_than_planned_are_not_trained_on(run: RunDir, copy: RunDir) 
         (lambda d: d.receipts(1, 0, 4).write_bytes(b"torn"), r"receipts-00000-000000004.parquet cannot be read"),
         (lambda d: shutil.copy(d.records(1, 0, 4), d.receipts(1, 0, 4)), "holds no receipts, but columns rank, step"),
         (lambda d: next(d.plan.glob("*.parquet")).write_bytes(b"torn"), r"plan/part-.* cannot be read"),
-        (lambda d: damage(next(d.plan.glob("*.parquet"))), r"cannot be audited: .*ChecksumException"),
+        (lambda d: damage(next(d.plan.glob("*.parquet"))), r"cannot be audited: .*; restore the file, or"),
         (lambda d: (d.path / "plan.json").unlink(), "holds no plan"),
         (lambda d: (d.path / "config.json").unlink(), "is no run directory"),
     ],
@@ -358,8 +368,8 @@ def test_receipts_that_cannot_be_written_end_the_run_in_one_line(tmp_path: Path)
 def test_a_plan_can_be_written_without_training(
     run: RunDir, tmp_path: Path, job: Callable[..., tuple[int, str, str]]
 ) -> None:
-    code, out, err = job("plan", *tiny_argv(run.path.parent, tmp_path / "run", *SETTINGS))
-    assert (code, err) == (0, "")
+    code, out, _ = job("plan", *tiny_argv(run.path.parent, tmp_path / "run", *SETTINGS))
+    assert code == 0
     assert "168 rows: 12 steps of 12 to 16 sequences" in out
     planned = RunDir(tmp_path / "run")
     assert planned.plan_spec() == run.plan_spec()
