@@ -5,6 +5,7 @@
     run.json             driver   identity of the run; written once
     config.json          driver   resolved settings; ranks read them
     plan/*.parquet       driver   the plan (Spark); ranks read their rows
+    digests/*.u4         driver   what each sequence's bytes are (Spark); ranks compare as they read
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
@@ -15,6 +16,7 @@
       heartbeat-00000.json  rank  where it is, every second or so, in place (heartbeat.py)
       over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
+      receipts-00000-000000100.parquet  rank   what it read for them (receipts.py)
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
@@ -67,6 +69,7 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
+        self.digests = self.path / "digests"
         self.model = self.path / "model"
         self.report = self.path / "report.html"
         self.checkpoints = Checkpoints(self.path)
@@ -179,6 +182,10 @@ class RunDir:
     def end(self, generation: int, why: str) -> None:
         """Have the tasks of an attempt kill its ranks."""
         write_json(self.over(generation), {"why": why})
+
+    def receipts(self, generation: int, rank: int, step: int) -> Path:
+        """What a rank read from the file before to ``step``."""
+        return self.generation(generation) / f"receipts-{rank:05d}-{step:09d}.parquet"
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())

@@ -1,6 +1,7 @@
 """A run from the driver: check everything, write the plan, start the ranks, merge what they hand back."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from sparktrain.errors import Changed, DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import Asked, RankResult, RunResult, shares
 from sparktrain.rundir import RunDir
-from sparktrain.spark import index, launch, planner, preflight, sanity, task
+from sparktrain.spark import digesting, index, launch, planner, preflight, sanity, task
 from sparktrain.tokens.sources import is_local
 
 _ATTEMPTS_WITHOUT_PROGRESS = 3
@@ -76,11 +77,18 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
         directory.check(config)
         if finished := directory.finished():
             return finished
-        prepared = _prepare(spark, config)
-        directory.claim(config)
-        planner.write_plan(spark, prepared.spec, directory)
-        print(prepared.describe(), *Changes(directory.path).describe(), sep="\n", flush=True)
+        print(_write_plan(spark, config, directory), *Changes(directory.path).describe(), sep="\n", flush=True)
         return _train(spark, config, directory)
+
+
+def plan(spark: SparkSession, config: RunConfig) -> Iterator[str]:
+    """Everything :func:`run` checks, and the plan, left in the run directory for a run to begin with; lines of text."""
+    config = preflight.resolve(spark, config)
+    directory = RunDir(config.run.dir)
+    with directory.lock():
+        directory.check(config)
+        yield _write_plan(spark, config, directory)
+        yield f"written to {directory.plan}"
 
 
 def dry_run(spark: SparkSession, config: RunConfig) -> str:
@@ -92,6 +100,15 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
         prepared = _prepare(spark, config)
         first = planner.plan_frame(spark, prepared.spec).limit(5).toArrow()
     return f"{prepared.describe()}\nfirst rows of the plan:\n{_table(first)}"
+
+
+def _write_plan(spark: SparkSession, config: RunConfig, directory: RunDir) -> str:
+    prepared = _prepare(spark, config)
+    directory.claim(config)
+    if directory.plan_spec() != prepared.spec:
+        digesting.write_digests(spark, prepared.spec, config.data, directory.digests)
+        planner.write_plan(spark, prepared.spec, directory)
+    return prepared.describe()
 
 
 def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:

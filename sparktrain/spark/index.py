@@ -17,7 +17,7 @@ from sparktrain.errors import DataError
 from sparktrain.plan import count_microshards, window_length
 from sparktrain.tokens import Known, Shard
 from sparktrain.tokens.source import Opener
-from sparktrain.tokens.sources import open_source, reach
+from sparktrain.tokens.sources import open_source, reach, sha256_of
 
 _INSPECTED = pa.schema(
     [
@@ -30,8 +30,6 @@ _INSPECTED = pa.schema(
 )
 # Tokens looked at in one piece while a shard is checked: 32 MiB as int64.
 _SCAN = 1 << 22
-# Bytes hashed in one piece.
-_HASHED = 8 << 20
 
 
 def locate(data: Data) -> dict[str, dict[str, Known]]:
@@ -132,7 +130,7 @@ def _inspect(data: Data, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Recor
                 shard = tokens.inspect(path, data.token_size, opener, located[path])
                 max_token, digest, found = _read(shard, opener)
                 if not found and (shard.sha256 or data.cache_dir):
-                    found = _hash(shard, opener)
+                    found = sha256_of(path, shard.num_bytes, opener)
                 if shard.sha256 not in ("", found):
                     raise DataError(
                         f"shard {path} has sha256 {found}, its manifest says {shard.sha256}: it was changed or "
@@ -172,14 +170,6 @@ def _read(shard: Shard, opener: Opener) -> tuple[int, str, str]:
         if bare:
             stored.update(piece.astype(f"<u{shard.token_size}").data)
     return largest, digest.hexdigest(), stored.hexdigest() if bare else ""
-
-
-def _hash(shard: Shard, opener: Opener) -> str:
-    source, hashed = open_source(shard.path, opener), sha256()
-    for offset in range(0, shard.num_bytes, _HASHED):
-        hashed.update(source.read(offset, min(_HASHED, shard.num_bytes - offset)))
-    source.close()
-    return hashed.hexdigest()
 
 
 def _first_at_least(shard: Shard, limit: int, opener: Opener) -> tuple[int, int]:

@@ -98,9 +98,9 @@ def _sequences(spec: PlanSpec, entry: Skip, of_source: list[str]) -> tuple[int, 
 
 def plan_frame(spark: SparkSession, spec: PlanSpec) -> DataFrame:
     """The whole plan, one row per position and in that order: the columns of :class:`sparktrain.plan.Assignment`."""
-    located = _locate(spark, microshards(spark, spec), spec)
+    frame = located(spark, microshards(spark, spec), spec)
     step, slot = _step_and_slot(spec)
-    return located.select(
+    return frame.select(
         step.alias("step"),
         slot.cast("int").alias("slot"),
         "pos",
@@ -136,7 +136,7 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int, weigh
             f"world_size is {world_size}: expected 1 to train.total_batch {spec.smallest_batch} (the least of its ramp)"
         )
     by_step = [(stretch.first_step, _rank(world_size, stretch.batch, weights)) for stretch in spec.stretches]
-    return spark.read.parquet(_literal(directory.plan)).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
+    return spark.read.parquet(literal(directory.plan)).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
 
 
 def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
@@ -147,7 +147,7 @@ def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
     return _piecewise(F.col("slot"), firsts)
 
 
-def _literal(path: Path) -> str:
+def literal(path: Path) -> str:
     """``path`` for Spark's readers, which take ``[1]`` for a pattern; they do not know percent-encoding."""
     return "file://" + re.sub(r"([][{}*?\\])", r"\\\1", str(path))
 
@@ -171,7 +171,7 @@ def _piecewise(value: Column, pieces: list[tuple[int, Column]]) -> Column:
     return chosen
 
 
-def _locate(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
+def located(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
     """Add the shard's ``path``, ``stride`` and ``first`` microshard to rows with a ``microshard_id``.
 
     An equality join on buckets of microshards: a range join would compare every row with every shard.

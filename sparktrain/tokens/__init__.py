@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +148,14 @@ class TokenFile:
             labels = np.where(mask == 1, tokens, IGNORED)
         lengths = pieces(self.document_ends(), start, length) if documents and self.shard.num_documents else None
         return Window(tokens, labels, None, lengths)
+
+    def digest_of(self, window: Window) -> int:
+        """crc32 of a window of this file: of the bytes as they are stored, where these are tokens and nothing else; or
+        of all numbers (:meth:`Window.digest`)."""
+        if self._rows or self._mask:
+            return window.digest()
+        kind = f"<{'i' if self.shard.signed else 'u'}{self.shard.token_size}"
+        return crc32(window.tokens.astype(kind).data)
 
     def document_ends(self) -> Ints:
         """Ends of the documents in tokens, exclusive; empty where no boundaries are known."""

@@ -9,8 +9,10 @@ from itertools import islice
 
 import pyarrow.dataset as pads
 
+from sparktrain.digests import Digests
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, rows, runs_of_steps, slots_of
+from sparktrain.receipts import Receipt, Receipts
 from sparktrain.rundir import RunDir
 from sparktrain.tokens import TokenFile
 from sparktrain.tokens.ahead import read_ahead
@@ -34,7 +36,8 @@ class Batches:
     ``weights`` has that of each rank.
 
     Rows come from the plan on disk. Those of the first step are recomputed and compared: a plan of another run, or
-    one edited by hand, is a :class:`DataError` before a token is trained on.
+    one edited by hand, is a :class:`DataError` before a token is trained on. Each batch that is handed out is entered
+    in ``receipts``.
     """
 
     def __init__(
@@ -46,22 +49,27 @@ class Batches:
         first_step: int = 0,
         weights: Sequence[float] = (),
         opener: Opener = open_if_there,
+        receipts: Receipts | None = None,
     ) -> None:
         self._plan = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
-        self._rank, self._world, self._weights = rank, world, weights
+        self._rank, self._world, self._weights, self._receipts = rank, world, weights, receipts
         shards = {shard.path: shard for shard in spec.shards}
         self._remote = not all(map(is_local, shards))
+        self._digests = Digests(directory.digests, spec.shards, spec.first_microshards)
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
 
     def __iter__(self) -> Iterator[Batch]:
         with closing(self._files), closing(self._by_range() if self._remote else self._by_batch()) as batches:
-            yield from batches
+            for batch, read in batches:
+                if self._receipts:
+                    self._receipts.add(read)
+                yield batch
 
-    def _by_batch(self) -> Generator[Batch, None, None]:
+    def _by_batch(self) -> Generator[tuple[Batch, list[Receipt]], None, None]:
         yield from read_ahead(self._steps(), self._batch, 1, _AHEAD)
 
-    def _by_range(self) -> Generator[Batch, None, None]:
+    def _by_range(self) -> Generator[tuple[Batch, list[Receipt]], None, None]:
         """Window by window, many at a time: a server's answers take long, but it gives them side by side."""
         runs = list(runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, _PLAN_WINDOW))
         slots = [slots_of(self._rank, self._world, batch, self._weights) for _, _, batch in runs]
@@ -71,7 +79,7 @@ class Batches:
         with closing(read_ahead(wanted, self._window, _CONNECTIONS, ahead)) as windows:
             for share, steps in shares:
                 for _ in range(steps):
-                    yield Batch.of(stack(list(islice(windows, share))))
+                    yield _together(list(islice(windows, share)))
 
     def _steps(self) -> Iterator[list[Assignment]]:
         for begin, end, batch in runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, _PLAN_WINDOW):
@@ -100,12 +108,21 @@ class Batches:
             if row != expected:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
 
-    def _batch(self, assignments: list[Assignment]) -> Batch:
+    def _batch(self, assignments: list[Assignment]) -> tuple[Batch, list[Receipt]]:
         # In the order of the files, in which a row group is decoded once for all rows in it.
         order = sorted(range(len(assignments)), key=lambda i: (assignments[i].path, assignments[i].start))
         found = {i: self._window(assignments[i]) for i in order}
-        return Batch.of(stack([found[i] for i in range(len(assignments))]))
+        return _together([found[i] for i in range(len(assignments))])
 
-    def _window(self, assignment: Assignment) -> Window:
+    def _window(self, assignment: Assignment) -> tuple[Assignment, Window, int]:
         with self._files.use(assignment.path) as file:
-            return file.window(assignment.start, assignment.length, documents=False)
+            window = file.window(assignment.start, assignment.length, documents=False)
+            digest = file.digest_of(window)
+        self._digests.check(assignment.path, assignment.microshard_id, digest)
+        return assignment, window, digest
+
+
+def _together(read: Sequence[tuple[Assignment, Window, int]]) -> tuple[Batch, list[Receipt]]:
+    batch = Batch.of(stack([window for _, window, _ in read]))
+    of = zip(read, batch.targets_of_rows.tolist(), strict=True)
+    return batch, [(row.step, row.slot, row.microshard_id, digest, targets) for (row, _, digest), targets in of]
