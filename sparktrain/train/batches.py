@@ -5,28 +5,34 @@ Shapes: B_ = sequences of this rank in a step, L = tokens of a window (S+1 by th
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow.dataset as pads
 
 from sparktrain.errors import DataError
-from sparktrain.plan import Assignment, PlanSpec, rows, runs_of_steps, slots_of
+from sparktrain.plan import Assignment, PlanSpec, Range, Share, rows, runs_of_steps, slots_of
 from sparktrain.rundir import RunDir
-from sparktrain.tokens import TokenFile
-from sparktrain.tokens.ahead import read_ahead
+from sparktrain.tokens import FORMATS, TokenFile
+from sparktrain.tokens.ahead import read_ahead, read_parts_ahead
 from sparktrain.tokens.opened import Opened
-from sparktrain.tokens.sequences import Window, stack
+from sparktrain.tokens.sequences import Sequences, Window, stack
 from sparktrain.tokens.source import Opener
 from sparktrain.tokens.sources import is_local, open_if_there
 from sparktrain.train.batch import Batch
 
-# Steps whose rows are taken from the plan's Parquet files at a time: one read of a row group's statistics each.
-_PLAN_WINDOW = 512
+# Rows that are taken from the plan's Parquet files at a time: a row group of these is decoded whole each time.
+_PLAN_ROWS = 1 << 16
 # Batches that are read ahead of the one that is trained on, at least.
 _AHEAD = 2
-# Ranges of servers and stores that are read at a time.
+# Ranges of servers and stores that are read at a time, and the tokens of one.
 _CONNECTIONS = 16
+_RANGE = 1 << 21
 _OPEN_FILES = 64
+
+# Windows of a range by their places in the share: as stored, with the type of their tokens; or with what comes along.
+_Piece = tuple[list[int], list[memoryview] | list[Window], npt.DTypeLike | None]
 
 
 class Batches:
@@ -52,6 +58,8 @@ class Batches:
         self._rank, self._world, self._weights = rank, world, weights
         shards = {shard.path: shard for shard in spec.shards}
         self._remote = not all(map(is_local, shards))
+        # A row group is decoded once for all rows in it, whatever it is asked for.
+        self._alone = {shard.path for shard in spec.shards if FORMATS[shard.format].rows}
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -59,39 +67,64 @@ class Batches:
             yield from batches
 
     def _by_batch(self) -> Generator[Batch, None, None]:
-        yield from read_ahead(self._steps(), self._batch, 1, _AHEAD)
+        with closing(self._shares()) as shares:
+            yield from read_ahead(shares, self._batch, 1, _AHEAD)
 
     def _by_range(self) -> Generator[Batch, None, None]:
-        """Window by window, many at a time: a server's answers take long, but it gives them side by side."""
-        runs = list(runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, _PLAN_WINDOW))
-        slots = [slots_of(self._rank, self._world, batch, self._weights) for _, _, batch in runs]
-        shares = [(last - first, end - begin) for (first, last), (begin, end, _) in zip(slots, runs, strict=True)]
-        wanted = (row for rows_of_step in self._steps() for row in rows_of_step)
-        ahead = max(_CONNECTIONS, _AHEAD * max(share for share, _ in shares))
-        with closing(read_ahead(wanted, self._window, _CONNECTIONS, ahead)) as windows:
-            for share, steps in shares:
-                for _ in range(steps):
-                    yield Batch.of(stack(list(islice(windows, share))))
+        """Range by range, many at a time: a server's answers take long, but it gives them side by side."""
+        with closing(self._shares()) as shares:
+            ranges = (list(share.ranges(self._alone, _RANGE)) for share in shares)
+            for pieces in read_parts_ahead(ranges, self._read, _CONNECTIONS, _AHEAD, _CONNECTIONS):
+                yield Batch.of(_sequences(pieces))
 
-    def _steps(self) -> Iterator[list[Assignment]]:
-        for begin, end, batch in runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, _PLAN_WINDOW):
-            first_slot, last_slot = slots_of(self._rank, self._world, batch, self._weights)
-            step, slot = pads.field("step"), pads.field("slot")
-            table = self._plan.to_table(
-                columns=list(Assignment._fields),
-                filter=(step >= begin) & (step < end) & (slot >= first_slot) & (slot < last_slot),
-            ).sort_by("pos")
-            found = [Assignment(**row) for row in table.to_pylist()]
-            share = last_slot - first_slot
-            if len(found) != share * (end - begin):
-                raise DataError(
-                    f"the plan holds {len(found)} rows for steps {begin} to {end - 1} of this rank, "
-                    f"expected {share * (end - begin)}: the plan is damaged; remove the run directory and start again"
-                )
-            if begin == self._first_step:
-                self._compare(found[:share], first_slot)
-            for i in range(0, len(found), share):
-                yield found[i : i + share]
+    def _batch(self, share: Share) -> Batch:
+        return Batch.of(_sequences([self._read(range_) for range_ in share.ranges(self._alone, _RANGE)]))
+
+    def _read(self, range_: Range) -> _Piece:
+        length = range_.length - range_.offsets[-1]
+        with self._files.use(range_.path) as file:
+            if file.bare:
+                raw, size = memoryview(file.stored(range_.start, range_.length)), file.dtype.itemsize
+                windows = [raw[offset * size : (offset + length) * size] for offset in range_.offsets]
+                return range_.places, windows, file.dtype
+            piece = file.window(range_.start, range_.length, documents=False)
+        return range_.places, [_cut(piece, offset, length) for offset in range_.offsets], None
+
+    # -- the plan ------------------------------------------------------------------------------------------------
+
+    def _shares(self) -> Generator[Share, None, None]:
+        """This rank's rows of each step. The plan is read ahead, too."""
+        most = max(stretch.batch for stretch in self._spec.stretches)
+        steps = runs_of_steps(self._spec.stretches, self._first_step, self._spec.steps, max(1, _PLAN_ROWS // most))
+        with closing(read_ahead(steps, self._rows_of, 1, 1)) as found:
+            for shares in found:
+                yield from shares
+
+    def _rows_of(self, run: tuple[int, int, int]) -> list[Share]:
+        begin, end, batch = run
+        first_slot, last_slot = slots_of(self._rank, self._world, batch, self._weights)
+        step, slot, length = pads.field("step"), pads.field("slot"), self._spec.window_length
+        here = (step >= begin) & (step < end) & (slot >= first_slot) & (slot < last_slot)
+        table = self._plan.to_table(
+            columns=list(Assignment._fields), filter=here & (pads.field("length") == length)
+        ).sort_by("pos")
+        share = last_slot - first_slot
+        if table.num_rows != share * (end - begin):
+            raise DataError(
+                f"the plan holds {table.num_rows} rows for steps {begin} to {end - 1} of this rank, "
+                f"expected {share * (end - begin)}: the plan is damaged; remove the run directory and start again"
+            )
+        paths = table.column("path").combine_chunks().dictionary_encode()
+        names = ("slot", "pos", "epoch", "microshard_id", "start")
+        columns = {name: table.column(name).to_numpy().astype(np.int64) for name in names}
+        columns["path"] = paths.indices.to_numpy().astype(np.int64)
+        shards, shares = paths.dictionary.to_pylist(), []
+        for i in range(end - begin):
+            mine = {name: column[i * share : (i + 1) * share] for name, column in columns.items()}
+            shares.append(Share(begin + i, **mine, paths=shards, window_length=length))
+        if begin == self._first_step:
+            self._compare(shares[0].rows(), first_slot)
+        return shares
 
     def _compare(self, found: list[Assignment], first_slot: int) -> None:
         first = self._spec.first_position(self._first_step) + first_slot
@@ -100,12 +133,26 @@ class Batches:
             if row != expected:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
 
-    def _batch(self, assignments: list[Assignment]) -> Batch:
-        # In the order of the files, in which a row group is decoded once for all rows in it.
-        order = sorted(range(len(assignments)), key=lambda i: (assignments[i].path, assignments[i].start))
-        found = {i: self._window(assignments[i]) for i in order}
-        return Batch.of(stack([found[i] for i in range(len(assignments))]))
 
-    def _window(self, assignment: Assignment) -> Window:
-        with self._files.use(assignment.path) as file:
-            return file.window(assignment.start, assignment.length, documents=False)
+def _sequences(pieces: list[_Piece]) -> Sequences:
+    """The windows in the order of their places."""
+    dtypes, count = {dtype for _, _, dtype in pieces}, sum(len(places) for places, _, _ in pieces)
+    ordered: list[Any] = [None] * count
+    for places, windows, dtype in pieces:
+        for place, window in zip(places, windows, strict=True):
+            if len(dtypes) > 1 and dtype is not None:
+                window = Window(np.frombuffer(window, dtype=dtype).astype(np.int64))
+            ordered[place] = window
+    if len(dtypes) > 1 or None in dtypes:
+        return stack(ordered)
+    # Tokens and nothing else: all are widened at once.
+    tokens = np.frombuffer(b"".join(ordered), dtype=dtypes.pop()).reshape(count, -1)
+    return Sequences(tokens.astype(np.int64), None, None, None)
+
+
+def _cut(piece: Window, offset: int, length: int) -> Window:
+    """A window of a stream's piece."""
+    if len(piece.tokens) == length:
+        return piece
+    parts = (piece.tokens, piece.labels, piece.position_ids)
+    return Window(*(None if part is None else part[offset : offset + length] for part in parts))  # type: ignore[arg-type]
