@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from sparktrain.config.pipeline import Pipeline
 from sparktrain.config.section import Section, WholeNumber
 
 
@@ -39,7 +40,7 @@ class Skip(Section):
         return self
 
 
-class Data(Section):
+class Data(Pipeline):
     path: Places = ("data/train",)
     """Directory, file or URI (https://, hf://datasets/, s3://, ...; x-{00..12}.ds is 13 files), or several, with the
     token shards (*.ds, *.bin, *.npy, *.parquet) to train on. Every executor must be able to read it."""

@@ -13,7 +13,7 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.spark import index, launch, planner, preflight, task
-from sparktrain.tokens import check_alike, locate_shards
+from sparktrain.tokens import Shard, check_alike, locate_shards
 from sparktrain.tokens.sources import is_local
 from sparktrain.tokens.sources.reach import opener
 
@@ -88,7 +88,8 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
 
 def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
     data, shards = config.data, {}
-    places = {"data.path": data.path, **({"data.heldout": data.heldout} if data.heldout else {})}
+    places = {"data.path": data.path} if data.pipeline == "sharded" else {}
+    places |= {"data.heldout": data.heldout} if data.heldout else {}
     located = {setting: locate_shards(where, opener(data, {})) for setting, where in places.items()}
     local = [next(iter(found)) for found in located.values() if is_local(next(iter(found)))]
     model = preflight.check_executors(spark, config, local)
@@ -96,7 +97,8 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
         shards[setting] = index.index_shards(spark, found, data)
         index.check_shards(shards[setting], data, model["vocab_size"], setting)
     check_alike([shard for indexed in shards.values() for shard, _ in indexed])
-    return Prepared(config, planner.spec_of(config, [shard for shard, _ in shards["data.path"]]), model)
+    made = [Shard.from_json(model["dataset"])] if "dataset" in model else [shard for shard, _ in shards["data.path"]]
+    return Prepared(config, planner.spec_of(config, made), model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:

@@ -122,11 +122,8 @@ class TokenFile:
         self._mask = open_source(f"{shard.path}.loss", open_if_there) if masked else None
         self._ends: Ints | None = None
         self.dtype = np.dtype(f"<{'i' if shard.signed else 'u'}{shard.token_size}")
-
-    @property
-    def bare(self) -> bool:
-        """Whether windows are tokens one after the other and nothing else: what :meth:`stored` can read."""
-        return self._rows is None and self._mask is None
+        # Tokens one after the other and nothing else: what stored() can read.
+        self.bare = not rows and not masked
 
     def stored(self, start: int, length: int) -> bytes:
         """Tokens [start, start + length) as they are stored, of type ``dtype``; of a file that is ``bare``."""

@@ -3,12 +3,13 @@
 Shapes: B_ = sequences of this rank in a step, L = tokens of a window (S+1 by the default rule).
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.dataset as pads
 
 from sparktrain.errors import DataError
@@ -29,10 +30,12 @@ _AHEAD = 2
 # Ranges of servers and stores that are read at a time, and the tokens of one.
 _CONNECTIONS = 16
 _RANGE = 1 << 21
+# Batches that are read at a time where each may have to fetch a shard.
+_FETCHES = 2
 _OPEN_FILES = 64
 
 # Windows of a range by their places in the share: as stored, with the type of their tokens; or with what comes along.
-_Piece = tuple[list[int], list[memoryview] | list[Window], npt.DTypeLike | None]
+_Piece = tuple[list[int], Sequence[bytes | memoryview | Window], np.dtype[Any] | None]
 
 
 class Batches:
@@ -41,6 +44,9 @@ class Batches:
 
     Rows come from the plan on disk. Those of the first step are recomputed and compared: a plan of another run, or
     one edited by hand, is a :class:`DataError` before a token is trained on.
+
+    ``cached``: ``opener`` brings shards of elsewhere to this machine's disk, whole. ``made`` makes the sequences of a
+    share where they are not in shards (``pipelines/``).
     """
 
     def __init__(
@@ -52,14 +58,18 @@ class Batches:
         first_step: int = 0,
         weights: Sequence[float] = (),
         opener: Opener = open_if_there,
+        cached: bool = False,
+        made: Callable[[Share], Sequences] | None = None,
     ) -> None:
         self._plan = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
         self._rank, self._world, self._weights = rank, world, weights
         shards = {shard.path: shard for shard in spec.shards}
-        self._remote = not all(map(is_local, shards))
+        # Where shards come whole, to this machine's disk, it is one of these that is waited for, once.
+        self._remote, self._workers = not cached and not all(map(is_local, shards)), _FETCHES if cached else 1
         # A row group is decoded once for all rows in it, whatever it is asked for.
-        self._alone = {shard.path for shard in spec.shards if FORMATS[shard.format].rows}
+        self._alone = {shard.path for shard in spec.shards if not made and FORMATS[shard.format].rows}
+        self._made = made
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -68,27 +78,27 @@ class Batches:
 
     def _by_batch(self) -> Generator[Batch, None, None]:
         with closing(self._shares()) as shares:
-            yield from read_ahead(shares, self._batch, 1, _AHEAD)
+            yield from read_ahead(shares, self._batch, self._workers, max(_AHEAD, self._workers))
 
     def _by_range(self) -> Generator[Batch, None, None]:
         """Range by range, many at a time: a server's answers take long, but it gives them side by side."""
         with closing(self._shares()) as shares:
             ranges = (list(share.ranges(self._alone, _RANGE)) for share in shares)
-            for pieces in read_parts_ahead(ranges, self._read, _CONNECTIONS, _AHEAD, _CONNECTIONS):
+            for pieces in read_parts_ahead(ranges, self._range, _CONNECTIONS, _AHEAD, _CONNECTIONS):
                 yield Batch.of(_sequences(pieces))
 
     def _batch(self, share: Share) -> Batch:
-        return Batch.of(_sequences([self._read(range_) for range_ in share.ranges(self._alone, _RANGE)]))
+        if self._made:
+            return Batch.of(self._made(share))
+        pieces = []
+        for path, ranges in groupby(share.ranges(self._alone, _RANGE), key=attrgetter("path")):
+            with self._files.use(path) as file:
+                pieces += [_read(file, range_) for range_ in ranges]
+        return Batch.of(_sequences(pieces))
 
-    def _read(self, range_: Range) -> _Piece:
-        length = range_.length - range_.offsets[-1]
+    def _range(self, range_: Range) -> _Piece:
         with self._files.use(range_.path) as file:
-            if file.bare:
-                raw, size = memoryview(file.stored(range_.start, range_.length)), file.dtype.itemsize
-                windows = [raw[offset * size : (offset + length) * size] for offset in range_.offsets]
-                return range_.places, windows, file.dtype
-            piece = file.window(range_.start, range_.length, documents=False)
-        return range_.places, [_cut(piece, offset, length) for offset in range_.offsets], None
+            return _read(file, range_)
 
     # -- the plan ------------------------------------------------------------------------------------------------
 
@@ -134,15 +144,28 @@ class Batches:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
 
 
+def _read(file: TokenFile, range_: Range) -> _Piece:
+    _, start, whole, places, offsets = range_
+    if not file.bare:
+        piece = file.window(start, whole, documents=False)
+        return places, [_cut(piece, offset, whole - offsets[-1]) for offset in offsets], None
+    raw, dtype = file.stored(start, whole), file.dtype
+    if len(places) == 1:
+        return places, [raw], dtype
+    view, length = memoryview(raw), (whole - offsets[-1]) * dtype.itemsize
+    begins = [offset * dtype.itemsize for offset in offsets]
+    return places, [view[begin : begin + length] for begin in begins], dtype
+
+
 def _sequences(pieces: list[_Piece]) -> Sequences:
     """The windows in the order of their places."""
     dtypes, count = {dtype for _, _, dtype in pieces}, sum(len(places) for places, _, _ in pieces)
     ordered: list[Any] = [None] * count
     for places, windows, dtype in pieces:
         for place, window in zip(places, windows, strict=True):
-            if len(dtypes) > 1 and dtype is not None:
-                window = Window(np.frombuffer(window, dtype=dtype).astype(np.int64))
             ordered[place] = window
+            if len(dtypes) > 1 and not isinstance(window, Window):
+                ordered[place] = Window(np.frombuffer(window, dtype=dtype).astype(np.int64))
     if len(dtypes) > 1 or None in dtypes:
         return stack(ordered)
     # Tokens and nothing else: all are widened at once.

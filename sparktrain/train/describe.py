@@ -1,5 +1,6 @@
 """What training a config would need, without weights: asked by the driver of an executor, through the door."""
 
+from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
@@ -7,12 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from sparktrain.config import RunConfig, Strategy
 from sparktrain.errors import ConfigError, ModelError
+from sparktrain.train import pipelines
 from sparktrain.train.models import model_config
 from sparktrain.train.strategies import STRATEGIES
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
-    """``num_parameters``, ``vocab_size``, ``max_positions`` and per strategy the ``traffic`` of one step and rank.
+    """``num_parameters``, ``vocab_size``, ``max_positions`` and per strategy the ``traffic`` of one step and rank; for
+    data that is not in shards what stands for them, ``dataset``.
 
     Strategies other than the chosen one are taken with their default settings. Raises like
     :func:`sparktrain.train.models.model_config`.
@@ -29,6 +32,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f"model.sizes make no model: {str(error).splitlines()[0]}") from None
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
     sections = {section().kind: section() for section in get_args(Strategy)} | {config.strategy.kind: config.strategy}
+    pipeline = pipelines.made(config, hf_config.vocab_size)
     world, element = config.launch.ranks, getattr(torch, config.model.dtype).itemsize
     return {
         "num_parameters": sum(shape.numel() for shape in shapes),
@@ -38,4 +42,5 @@ def describe(config: RunConfig) -> dict[str, Any]:
             name: vars(kind.traffic_per_step(shapes, sections[name], world, element))
             for name, kind in STRATEGIES.items()
         },
+        **({"dataset": asdict(pipeline.shard)} if pipeline else {}),
     }

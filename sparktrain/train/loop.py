@@ -18,7 +18,7 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
-from sparktrain.train import checkpoint, models, speed
+from sparktrain.train import checkpoint, models, pipelines, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
@@ -124,7 +124,8 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     strategy, requests = training.strategy, training.requests
     shards = opener(config.data, known(spec.shards))
     speeds = speed.of_ranks(model, config, spec, world)
-    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+    made, cached = pipelines.planned(config, model.config.vocab_size, spec), config.data.cache_dir is not None
+    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards, cached, made))
     for step in range(first_step, spec.steps):
         began = time.perf_counter()
         batch = next(batches)

@@ -139,6 +139,8 @@ def tokenizer_path(config: RunConfig) -> Path | None:
     ``jobs/tokenize.py`` puts it."""
     if config.model.tokenizer:
         return config.model.tokenizer
+    if config.data.pipeline != "sharded":
+        return None
     beside = Path(config.data.path[0]).parent / "tokenizer"
     return beside if (beside / "tokenizer.json").exists() else None
 
