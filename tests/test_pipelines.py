@@ -239,3 +239,15 @@ def test_settings_that_do_not_go_together(tmp_path: Path, argv: tuple[str, ...],
         return
     with pytest.raises(ConfigError, match=message):
         cli.parse(RunConfig, argv)
+
+
+def test_a_job_trains_on_a_dataset_and_ends_in_one_line_where_it_cannot(spark: Any, job: Any, tmp_path: Path) -> None:
+    argv = ("--data.pipeline", "indexed", "--data.dataset", "tests.own_data:Wrong", "--data.arguments")
+    for arguments, expected in (('{"kind": "id"}', 3), ('{"kind": "id", "first": 49}', 0)):
+        code, out, err = job("train", *tiny_argv(tmp_path, tmp_path / "run"), *argv, arguments)
+        assert code == expected, err
+        if code:
+            assert "error: item 0 of tests.own_data:Wrong has 600 at 7 of its input_ids" in err.splitlines()[-1]
+            assert not (tmp_path / "run").exists()
+    assert "indexed tests.own_data:Wrong, 1,650 tokens, 50 sequences of 32" in out
+    assert (tmp_path / "run" / "model" / "config.json").exists()

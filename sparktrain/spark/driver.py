@@ -32,10 +32,12 @@ class Prepared:
         """Rows, tokens, steps, and bytes per strategy, for people."""
         spec, launch_, world = self.spec, self.config.launch, self.config.launch.ranks
         batches = " to ".join(str(stretch.batch) for stretch in spec.stretches)
+        sharded = self.config.data.pipeline == "sharded"
+        where = f"{len(spec.shards)} shards" if sharded else f"{spec.shards[0].format} {spec.shards[0].path}"
         lines = [
             f"model      {self.config.model.architecture}, {self.model['num_parameters']:,} parameters, "
             f"vocabulary {self.model['vocab_size']:,}",
-            f"data       {len(spec.shards)} shards, {sum(s.num_tokens for s in spec.shards):,} tokens, "
+            f"data       {where}, {sum(s.num_tokens for s in spec.shards):,} tokens, "
             f"{spec.num_microshards:,} sequences of {spec.sequence_length}",
             f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {batches} sequences, "
             f"{spec.num_positions * (spec.window_length - 1):,} tokens, "
