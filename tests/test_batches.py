@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparktrain import cli, plan, tokens
-from sparktrain.config import RunConfig
+from sparktrain.config import Data, RunConfig
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, Share
 from sparktrain.rundir import RunDir
 from sparktrain.tokens import ds
 from sparktrain.tokens.opened import Opened
 from sparktrain.tokens.sequences import IGNORED
+from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import models
 from sparktrain.train.batch import Batch
 from sparktrain.train.batches import Batches
@@ -146,6 +148,24 @@ def test_windows_that_follow_one_another_are_one_request(
             mine = {(row.path, row.start) for row in rows if row.step == step and first <= row.slot < last}
             expected += sum((path, start - 32) not in mine for path, start in mine)
     assert asked == expected <= 6 * most
+
+
+def test_shards_that_come_through_a_cache_give_the_same_batches(
+    planned: tuple[RunDir, PlanSpec], tmp_path: Path
+) -> None:
+    directory, spec = planned
+    local = list(Batches(directory, spec, 1, 2))
+    far = tuple(
+        replace(s, path=f"local://{s.path}", num_bytes=len(raw), sha256=sha256(raw).hexdigest())
+        for s in spec.shards
+        for raw in [Path(s.path).read_bytes()]
+    )
+    there = replace(spec, shards=far)
+    write(tmp_path, plan.rows(there, 0, there.num_positions))
+    open_ = opener(Data(cache_dir=tmp_path / "cache"), known(far))
+    found = list(Batches(RunDir(tmp_path), there, 1, 2, opener=open_, cached=True))
+    assert len(list((tmp_path / "cache").glob("*"))) == 3 + 1  # and a lock
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, local, strict=True))
 
 
 def test_joined_windows_keep_their_labels(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ class Batches:
         cached: bool = False,
         made: Callable[[Share], Sequences] | None = None,
     ) -> None:
-        self._plan = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
+        # As a dictionary, a path of each row costs a number and not a string.
+        format_ = pads.ParquetFileFormat(dictionary_columns={"path"})
+        self._plan = pads.dataset(directory.plan, format=format_, exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
         self._rank, self._world, self._weights = rank, world, weights
         shards = {shard.path: shard for shard in spec.shards}
@@ -84,8 +86,9 @@ class Batches:
         """Range by range, many at a time: a server's answers take long, but it gives them side by side."""
         with closing(self._shares()) as shares:
             ranges = (list(share.ranges(self._alone, _RANGE)) for share in shares)
-            for pieces in read_parts_ahead(ranges, self._range, _CONNECTIONS, _AHEAD, _CONNECTIONS):
-                yield Batch.of(_sequences(pieces))
+            with closing(read_parts_ahead(ranges, self._range, _CONNECTIONS, _AHEAD, _CONNECTIONS)) as found:
+                for pieces in found:
+                    yield Batch.of(_sequences(pieces))
 
     def _batch(self, share: Share) -> Batch:
         if self._made:
@@ -124,7 +127,7 @@ class Batches:
                 f"the plan holds {table.num_rows} rows for steps {begin} to {end - 1} of this rank, "
                 f"expected {share * (end - begin)}: the plan is damaged; remove the run directory and start again"
             )
-        paths = table.column("path").combine_chunks().dictionary_encode()
+        paths = table.column("path").unify_dictionaries().combine_chunks()
         names = ("slot", "pos", "epoch", "microshard_id", "start")
         columns = {name: table.column(name).to_numpy().astype(np.int64) for name in names}
         columns["path"] = paths.indices.to_numpy().astype(np.int64)
