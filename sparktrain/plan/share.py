@@ -1,6 +1,6 @@
 """What one rank takes of a step, in columns; and which of it lies together."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -57,15 +57,12 @@ class Share:
             for slot, pos, epoch, microshard, path, start in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
-    def ranges(self, alone: Collection[str], most: int) -> Iterator[Range]:
-        """The windows in ranges of at most ``most`` tokens, or one window, by shard and place there; those of the
-        shards ``alone`` each for itself."""
+    def ranges(self, most: int) -> Iterator[Range]:
+        """The windows in ranges of at most ``most`` tokens, or one window, by shard and place there."""
         order = np.lexsort((self.start, self.path))
         path, start, here = self.path[order], self.start[order], np.arange(len(order))
         begins = np.ones(len(order), dtype=np.bool_)
         begins[1:] = (path[1:] != path[:-1]) | (start[1:] > start[:-1] + self.window_length)
-        if alone:
-            begins |= np.array([name in alone for name in self.paths])[path]
         # Of a longer run, the first of each so many windows, which lie a window apart at most.
         begins |= (here - np.maximum.accumulate(np.where(begins, here, 0))) % max(1, most // self.window_length) == 0
         firsts = np.flatnonzero(begins)

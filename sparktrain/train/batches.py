@@ -15,7 +15,7 @@ import pyarrow.dataset as pads
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, Range, Share, rows, runs_of_steps, slots_of
 from sparktrain.rundir import RunDir
-from sparktrain.tokens import FORMATS, TokenFile
+from sparktrain.tokens import TokenFile
 from sparktrain.tokens.ahead import read_ahead, read_parts_ahead
 from sparktrain.tokens.opened import Opened
 from sparktrain.tokens.sequences import Sequences, Window, stack
@@ -69,8 +69,6 @@ class Batches:
         shards = {shard.path: shard for shard in spec.shards}
         # Where shards come whole, to this machine's disk, it is one of these that is waited for, once.
         self._remote, self._workers = not cached and not all(map(is_local, shards)), _FETCHES if cached else 1
-        # A row group is decoded once for all rows in it, whatever it is asked for.
-        self._alone = {shard.path for shard in spec.shards if not made and FORMATS[shard.format].rows}
         self._made = made
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
 
@@ -85,7 +83,7 @@ class Batches:
     def _by_range(self) -> Generator[Batch, None, None]:
         """Range by range, many at a time: a server's answers take long, but it gives them side by side."""
         with closing(self._shares()) as shares:
-            ranges = (list(share.ranges(self._alone, _RANGE)) for share in shares)
+            ranges = (list(share.ranges(_RANGE)) for share in shares)
             with closing(read_parts_ahead(ranges, self._range, _CONNECTIONS, _AHEAD, _CONNECTIONS)) as found:
                 for pieces in found:
                     yield Batch.of(_sequences(pieces))
@@ -94,7 +92,7 @@ class Batches:
         if self._made:
             return Batch.of(self._made(share))
         pieces = []
-        for path, ranges in groupby(share.ranges(self._alone, _RANGE), key=attrgetter("path")):
+        for path, ranges in groupby(share.ranges(_RANGE), key=attrgetter("path")):
             with self._files.use(path) as file:
                 pieces += [_read(file, range_) for range_ in ranges]
         return Batch.of(_sequences(pieces))
@@ -177,8 +175,13 @@ def _sequences(pieces: list[_Piece]) -> Sequences:
 
 
 def _cut(piece: Window, offset: int, length: int) -> Window:
-    """A window of a stream's piece."""
+    """A window of several that follow one another; a window's packed documents end where it does."""
     if len(piece.tokens) == length:
         return piece
-    parts = (piece.tokens, piece.labels, piece.position_ids)
-    return Window(*(None if part is None else part[offset : offset + length] for part in parts))  # type: ignore[arg-type]
+    columns = (piece.tokens, piece.labels, piece.position_ids)
+    parts = [None if column is None else column[offset : offset + length] for column in columns]
+    if piece.sequence_lengths is not None:
+        ends = np.cumsum(piece.sequence_lengths)
+        first, last = np.searchsorted(ends, [offset + 1, offset + length])
+        parts.append(piece.sequence_lengths[first : last + 1])
+    return Window(*parts)  # type: ignore[arg-type]
