@@ -42,6 +42,7 @@ PACKAGES = (
     *("orjson", "Brotli", "python-snappy", "zstd", "xxhash", "catalogue"),
 )
 ALONE = ("mosaicml-streaming",)
+CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 Figure = dict[str, float]
 
 
