@@ -243,7 +243,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, argv: tuple[str, ...],
 
 def test_a_job_trains_on_a_dataset_and_ends_in_one_line_where_it_cannot(spark: Any, job: Any, tmp_path: Path) -> None:
     argv = ("--data.pipeline", "indexed", "--data.dataset", "tests.own_data:Wrong", "--data.arguments")
-    for arguments, expected in (('{"kind": "id"}', 3), ('{"kind": "id", "first": 49}', 0)):
+    for arguments, expected in (('{"kind": "id"}', 3), ('{"kind": "id", "first": 50}', 0)):
         code, out, err = job("train", *tiny_argv(tmp_path, tmp_path / "run"), *argv, arguments)
         assert code == expected, err
         if code:
