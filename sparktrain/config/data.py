@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from sparktrain.config.pipeline import Pipeline
 from sparktrain.config.section import Section, WholeNumber
 
 
@@ -54,7 +55,7 @@ class DataSource(Section):
     has, so that each sequence comes as often as any other; 0: it is not read."""
 
 
-class Data(Section):
+class Data(Pipeline):
     path: Annotated[Places | None, BeforeValidator(_or_none)] = None
     """Directory, file or URI (https://, hf://datasets/, s3://, ...; x-{00..12}.ds is 13 files), or several, with the
     token shards (*.ds, *.bin, *.npy, *.parquet) to train on; none: data/train, or data.sources. Every executor must be
@@ -94,6 +95,8 @@ class Data(Section):
     @model_validator(mode="after")
     def _sources_can_be_told_apart(self) -> "Data":
         names = [source.name for source in self.sources]
+        if names and self.pipeline != "sharded":
+            raise ValueError(f"data.sources are token shards, but data.pipeline is {self.pipeline}: leave one out")
         if names and self.path is not None:
             raise ValueError(
                 "data.path and data.sources are both given: leave one out, over a file's by --data.path none or "
@@ -128,7 +131,10 @@ class Data(Section):
 
     @property
     def trained_on(self) -> dict[str, tuple[str, ...]]:
-        """What is trained on, by the setting that says it: ``data.path``, or each source in its order."""
+        """Shards that are trained on, by the setting that says it: ``data.path``, or each source in its order; none
+        where sequences are not in shards."""
+        if self.pipeline != "sharded":
+            return {}
         if self.sources:
             return {f"data.sources {source.name}": source.path for source in self.mixed}
         return {"data.path": self.path or ("data/train",)}

@@ -55,7 +55,8 @@ def _audit(spark: SparkSession, run_dir: Path, reread_bytes: bool) -> Iterator[s
         wrong[check.name], line = run_check(spark, names, check)
         yield line
     yield f"C8     {_mix(spark, names, spec)}"
-    for name, holds, found in _bytes(spark, names, spec, config) if reread_bytes else ():
+    in_shards = config.data.pipeline == "sharded"
+    for name, holds, found in _bytes(spark, names, spec, config) if reread_bytes and in_shards else ():
         wrong[name], line = _judge(name, holds, MEND_BYTES, found)
         yield line
     yield _summary(spark, names, spec, wrong)

@@ -24,7 +24,7 @@ def write_digests(spark: SparkSession, spec: PlanSpec, data: Data, directory: Pa
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     at_hand = [n for n, s in enumerate(spec.shards) if is_local(s.path) or (data.cache_dir and s.sha256)]
-    if not at_hand:
+    if not at_hand or data.pipeline != "sharded":
         return
     numbers = spark.createDataFrame(pa.table({"number": at_hand}))
     tasks = numbers.repartition(min(len(at_hand), 4 * spark.sparkContext.defaultParallelism))

@@ -15,6 +15,7 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import Asked, RankResult, RunResult, shares
 from sparktrain.rundir import RunDir
 from sparktrain.spark import digesting, index, launch, planner, preflight, sanity, task
+from sparktrain.tokens import Shard
 from sparktrain.tokens.sources import is_local
 
 _ATTEMPTS_WITHOUT_PROGRESS = 3
@@ -40,10 +41,12 @@ class Prepared:
         """Rows, tokens, steps, and bytes per strategy, for people."""
         spec, launch_, world = self.spec, self.config.launch, self.config.launch.ranks
         batches = " to ".join(str(stretch.batch) for stretch in spec.stretches)
+        sharded = self.config.data.pipeline == "sharded"
+        where = f"{len(spec.shards)} shards" if sharded else f"{spec.shards[0].format} {spec.shards[0].path}"
         lines = [
             f"model      {self.config.model.architecture}, {self.model['num_parameters']:,} parameters, "
             f"vocabulary {self.model['vocab_size']:,}",
-            f"data       {len(spec.shards)} shards, {sum(s.num_tokens for s in spec.shards):,} tokens, "
+            f"data       {where}, {sum(s.num_tokens for s in spec.shards):,} tokens, "
             f"{spec.num_microshards:,} sequences of {spec.sequence_length}",
             f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {batches} sequences, "
             f"{spec.num_positions * (spec.window_length - 1):,} tokens, "
@@ -117,7 +120,8 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
     local = [first for found in located.values() if is_local(first := next(iter(found)))]
     model = preflight.check_executors(spark, config, local)
     shards = index.read_shards(spark, located, data, model["vocab_size"])
-    return Prepared(config, planner.spec_of(config, *(shards[setting] for setting in data.trained_on)), model)
+    sources = [shards[setting] for setting in data.trained_on] or [[Shard.from_json(model["dataset"])]]
+    return Prepared(config, planner.spec_of(config, *sources), model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:

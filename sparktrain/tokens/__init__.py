@@ -123,15 +123,21 @@ class TokenFile:
         masked = "labels" in shard.columns and not rows
         self._mask = open_source(f"{shard.path}.loss", open_if_there) if masked else None
         self._ends: Ints | None = None
+        self.dtype = np.dtype(f"<{'i' if shard.signed else 'u'}{shard.token_size}")
+        # Tokens one after the other and nothing else: what stored() can read.
+        self.bare = not rows and not masked
+
+    def stored(self, start: int, length: int) -> bytes:
+        """Tokens [start, start + length) as they are stored, of type ``dtype``; of a file that is ``bare``."""
+        size = self.dtype.itemsize
+        return self._source.read(self.shard.offset + start * size, length * size)
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Tokens [start, start + length), as int64 ``[length]``; of rows, whole ones."""
         self._check_rows(start, length)
         if self._rows:
             return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length).tokens
-        size = self.shard.token_size
-        raw_ = self._source.read(self.shard.offset + start * size, length * size)
-        return np.frombuffer(raw_, dtype=f"<{'i' if self.shard.signed else 'u'}{size}").astype(np.int64)
+        return np.frombuffer(self.stored(start, length), dtype=self.dtype).astype(np.int64)
 
     def window(self, start: int, length: int, documents: bool = True) -> Window:
         """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents; those

@@ -54,6 +54,12 @@ class Sequences:
     position_ids: Ints | None
     sequence_lengths: list[Ints] | None
 
+    def digests(self) -> list[int]:
+        """:meth:`Window.digest` of each."""
+        columns = (self.tokens, self.labels, self.position_ids, self.sequence_lengths)
+        rows = ([None] * len(self.tokens) if column is None else column for column in columns)
+        return [Window(*row).digest() for row in zip(*rows, strict=True)]
+
     @property
     def num_targets(self) -> int:
         """Tokens that are predicted: see :meth:`targets`."""

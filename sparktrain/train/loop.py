@@ -17,7 +17,7 @@ from sparktrain.receipts import Receipts
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
-from sparktrain.train import checkpoint, models, speed
+from sparktrain.train import checkpoint, models, pipelines, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.by_source import by_source
@@ -155,7 +155,10 @@ def _batches(
     config, spec, world = training.config, training.spec, training.world
     shards = opener(config.data, known(spec.shards))
     speeds = speed.of_ranks(training.model, config, spec, world)
-    return speeds, iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards, receipts))
+    made = pipelines.planned(config, training.model.config.vocab_size, spec)
+    place = (world.rank, world.size, first_step, speeds)
+    batches = Batches(training.directory, spec, *place, shards, receipts, config.data.cache_dir is not None, made)
+    return speeds, iter(batches)
 
 
 def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
