@@ -25,6 +25,8 @@ class Run(Section):
     """Seeds the order of the data and the initial weights."""
     log_every: int = Field(10, ge=1)
     """Rank 0 prints one line every so many steps."""
+    trackers: tuple[Literal["mlflow", "tensorboard"], ...] = ()
+    """Where metrics go besides the run directory; needs the extra of that name: pip install 'sparktrain[mlflow]'."""
 
 
 class Model(Section):
@@ -179,5 +181,5 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that make it the same run: all but where it is stored and how launched, logged and reached."""
         reach = {"mirrors", "cache_dir", "cache_bytes"}
-        exclude: Any = {"launch": True, "checkpoint": True, "run": {"dir", "log_every"}, "data": reach}
+        exclude: Any = {"launch": True, "checkpoint": True, "run": {"dir", "log_every", "trackers"}, "data": reach}
         return self.model_dump(mode="json", exclude=exclude)

@@ -12,7 +12,7 @@ from sparktrain.errors import DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
-from sparktrain.spark import index, launch, planner, preflight, task
+from sparktrain.spark import index, launch, planner, preflight, progress, task, trackers
 from sparktrain.tokens import check_alike, locate_shards
 from sparktrain.tokens.sources import is_local
 from sparktrain.tokens.sources.reach import opener
@@ -61,6 +61,7 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
     A run directory whose run is finished is read, not trained again. Raises a subclass of
     :class:`sparktrain.errors.SparktrainError`, one line for the user, where the run cannot start or fails.
     """
+    trackers.check(config)
     config = preflight.resolve(spark, config)
     directory = RunDir(config.run.dir)
     with directory.lock():
@@ -72,11 +73,13 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
         if directory.plan_spec() != prepared.spec:
             planner.write_plan(spark, prepared.spec, directory)
         print(prepared.describe(), flush=True)
-        return _train(spark, config, directory)
+        with trackers.tracking(config, directory) as tracking:
+            return _train(spark, config, directory, tracking)
 
 
 def dry_run(spark: SparkSession, config: RunConfig) -> str:
     """Everything :func:`run` checks, and the plan it would write, as text; nothing is left in the run directory."""
+    trackers.check(config)
     config = preflight.resolve(spark, config)
     directory = RunDir(config.run.dir)
     with directory.lock():
@@ -99,13 +102,15 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
     return Prepared(config, planner.spec_of(config, [shard for shard, _ in shards["data.path"]]), model)
 
 
-def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:
+def _train(spark: SparkSession, config: RunConfig, directory: RunDir, tracking: trackers.Tracking) -> RunResult:
     """Attempts, until one ends well or fails for good."""
     ranks, failures, without_progress = config.launch.ranks, 0, 0
     while True:
         progress = directory.checkpoints.latest_step()
         try:
-            return _attempt(spark, config, directory, ranks)
+            result = _attempt(spark, config, directory, ranks, tracking)
+            tracking.finish(result)
+            return result
         except LaunchError as error:
             failures += 1
             without_progress = 0 if directory.checkpoints.latest_step() > progress else without_progress + 1
@@ -121,7 +126,9 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResu
             ranks = preflight.ranks_left(spark, config)
 
 
-def _attempt(spark: SparkSession, config: RunConfig, directory: RunDir, ranks: int) -> RunResult:
+def _attempt(
+    spark: SparkSession, config: RunConfig, directory: RunDir, ranks: int, tracking: trackers.Tracking
+) -> RunResult:
     local = config.launch.mode == "local"
     generation = directory.new_generation()
     job = task.Job(
@@ -134,7 +141,8 @@ def _attempt(spark: SparkSession, config: RunConfig, directory: RunDir, ranks: i
         launcher=config.launch.launcher,
         grace=config.launch.grace,
     )
-    launch.launch(spark, job, ranks, local, preflight.uses_gpu(spark, local))
+    with progress.shown(directory, generation, ranks, config.train.steps, tracking.log):
+        launch.launch(spark, job, ranks, local, preflight.uses_gpu(spark, local))
     outcomes = [o for o in directory.outcomes(job.generation) if isinstance(o, RankResult)]
     if not outcomes:
         raise DataError(f"no rank left an output file in {directory.generation(job.generation)}: is run.dir shared?")

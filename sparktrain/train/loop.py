@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints
+from sparktrain import failpoints, pulse
 from sparktrain.config import RunConfig, Train
 from sparktrain.errors import ConfigError, DataError, Stopped
 from sparktrain.plan import PlanSpec
@@ -69,8 +69,11 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
     training = Training(directory, config, spec, world, model, strategy, Requests(directory, world, strategy.local))
-    with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
-        records, first_step_at = _run(training, saver, start.step if start else 0)
+    with (
+        checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver,
+        pulse.beating(directory.pulse(generation, world.rank), world.rank) as records,
+    ):
+        first_step_at = _run(training, saver, start.step if start else 0, records)
     if training.requests.asked.stop:
         done = records[-1].step + 1
         raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
@@ -96,11 +99,11 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     )
 
 
-def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) -> tuple[list[StepRecord], float]:
-    """Every step from ``first_step`` on, with checkpoints, or until it is to stop; the records, and when the first step
-    ended."""
+def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int, records: list[StepRecord]) -> float:
+    """Every step from ``first_step`` on, with checkpoints, or until it is to stop, appended to ``records``; when the
+    first one ended."""
     config, spec, requests = training.config, training.spec, training.requests
-    records, first_step_at, every = [], 0.0, config.checkpoint.every
+    first_step_at, every = 0.0, config.checkpoint.every
     with requests.heeding_sigterm(config.launch.grace):
         for record in _steps(training, first_step):
             records.append(record)
@@ -115,7 +118,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
                 requests.met()
             if requests.asked.stop:
                 break
-    return records, first_step_at
+    return first_step_at
 
 
 def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
