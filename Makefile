@@ -1,5 +1,6 @@
 # make quickstart   set everything up, tokenize real text, train on it with two ranks through Spark, sample from it
 # make test         set everything up, check style, types and import walls, run all tests
+# make docs         the documentation as a site
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +12,7 @@ SUBMIT := PATH="$(CURDIR)/$(BIN):$$PATH" PYSPARK_PYTHON=python spark-submit --pr
 # More settings for the quickstart's training: make quickstart TRAIN_ARGS="--train.steps 20"
 TRAIN_ARGS ?=
 
-.PHONY: quickstart test lint docs bench clean java
+.PHONY: quickstart test lint notebooks docs bench clean java
 
 quickstart: java $(VENV)/.installed
 	$(SUBMIT) jobs/tokenize.py conf/tokenize.toml
@@ -27,6 +28,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Minutes: notebooks with their own settings, as a user runs them; CI runs them small (tests/test_notebooks.py).
+notebooks: java $(VENV)/.installed
+	$(BIN)/python -m tests.notebooks
+
+# To site/, from docs/ and docstrings; a warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: java $(VENV)/.installed
 	$(BIN)/python benchmarks/loop.py
@@ -52,4 +61,4 @@ $(VENV)/.installed: setup.cfg setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info data runs
+	rm -rf $(VENV) build dist *.egg-info data runs site

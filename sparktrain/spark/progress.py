@@ -21,7 +21,7 @@ from sparktrain.pulse import Stretch
 from sparktrain.rundir import RunDir
 
 _SECONDS_BETWEEN_LINES = 30.0
-_FORMAT = "step {n_fmt}/{total_fmt} |{bar:12}| {remaining} left{postfix}"
+_LINE = "step {n_fmt}/{total_fmt} |{bar:12}| {remaining} left{postfix}"
 
 
 @contextlib.contextmanager
@@ -58,13 +58,13 @@ def _display(steps: int) -> Iterator[Callable[[Stretch], None]]:
     """Shows stretches where this process's standard error ends: a notebook, a terminal, or anywhere else."""
     columns = _columns()
     if issubclass(bar_here, tqdm_notebook):
-        with bar_here(total=steps, bar_format=_FORMAT.replace("{bar:12}", "{bar}")) as bar:
+        with bar_here(total=steps, bar_format=_LINE.replace("{bar:12}", "{bar}")) as bar:
             yield _mover(bar)
     elif columns:
         # Ranks' lines, which come by standard error, are written above the live line.
         real = sys.stderr
         with (
-            text_bar(total=steps, bar_format=_FORMAT, ncols=columns, file=real) as bar,
+            text_bar(total=steps, bar_format=_LINE, ncols=columns, file=real) as bar,
             contextlib.redirect_stderr(DummyTqdmFile(real)),
         ):
             yield _mover(bar)
@@ -74,7 +74,10 @@ def _display(steps: int) -> Iterator[Callable[[Stretch], None]]:
 
 def _lines(steps: int) -> Iterator[Callable[[Stretch], None]]:
     """The first stretch, one every half minute, and the last."""
-    with open(os.devnull, "w") as nowhere, text_bar(total=steps, bar_format=_FORMAT, file=nowhere) as bar:
+    with (
+        open(os.devnull, "w") as nowhere,
+        text_bar(total=steps, bar_format=_LINE.replace(" |{bar:12}|", ","), file=nowhere) as bar,
+    ):
         move, said, last = _mover(bar), [0.0], [0]
 
         def say() -> None:

@@ -7,6 +7,7 @@ before the run. Inside ``with mlflow.start_run():`` a run is a child of that one
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from typing import Any, ClassVar
 
 from sparktrain.config import RunConfig
@@ -81,14 +82,16 @@ class Mlflow:
             ParamSpec("max_new_tokens", DataType.long, 64),
             ParamSpec("temperature", DataType.double, 0.0),
         ]
-        mlflow.pyfunc.log_model(
-            name="model",
-            python_model=code.origin,
-            artifacts={"model": str(path)},
-            signature=ModelSignature(column, column, ParamSchema(params)),
-            # Named, or MLflow would load the model here to find out.
-            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "transformers")],
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # advice to let MLflow guess what is said here
+            mlflow.pyfunc.log_model(
+                name="model",
+                python_model=code.origin,
+                artifacts={"model": str(path)},
+                signature=ModelSignature(column, column, ParamSchema(params)),
+                # Named, or MLflow would load the model here to find out.
+                pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "transformers")],
+            )
 
 
 def _versions() -> dict[str, str]:
