@@ -12,7 +12,7 @@ SUBMIT := PATH="$(CURDIR)/$(BIN):$$PATH" PYSPARK_PYTHON=python spark-submit --pr
 # More settings for the quickstart's training: make quickstart TRAIN_ARGS="--train.steps 20"
 TRAIN_ARGS ?=
 
-.PHONY: quickstart test lint notebooks docs bench clean java
+.PHONY: quickstart test lint commands notebooks docs bench clean java
 
 quickstart: java $(VENV)/.installed
 	$(SUBMIT) jobs/tokenize.py conf/tokenize.toml
@@ -29,13 +29,17 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The commands of README and docs that can run on one machine, on a small model.
+commands: java $(VENV)/.installed
+	$(BIN)/python -m tests.commands
+
 # Minutes: notebooks with their own settings, as a user runs them; CI runs them small (tests/test_notebooks.py).
 notebooks: java $(VENV)/.installed
 	$(BIN)/python -m tests.notebooks
 
 # To site/, from docs/ and docstrings; a warning is an error.
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: java $(VENV)/.installed
 	$(BIN)/python benchmarks/loop.py
