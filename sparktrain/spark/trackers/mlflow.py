@@ -11,6 +11,7 @@ import warnings
 from typing import Any, ClassVar
 
 from sparktrain.config import RunConfig
+from sparktrain.errors import Stopped
 from sparktrain.pulse import Stretch
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
@@ -18,6 +19,7 @@ from sparktrain.spark.trackers.contract import CURVES
 
 _TAG = "sparktrain.run_id"
 _SERVED_BY = "sparktrain.train.served"
+_PARAMETERS_AT_ONCE = 100
 # MLflow's own defaults ask a server that is away for four minutes.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
@@ -47,7 +49,9 @@ class Mlflow:
         # A parameter cannot change, but where a run goes on, how it is launched may.
         said = before[0].data.params if before else {}
         params = _flat(self._config.model_dump(mode="json"))
-        mlflow.log_params({name: value for name, value in params.items() if name not in said})
+        new = [(name, value) for name, value in params.items() if name not in said]
+        for begin in range(0, len(new), _PARAMETERS_AT_ONCE):
+            mlflow.log_params(dict(new[begin : begin + _PARAMETERS_AT_ONCE]))
 
     def log(self, stretch: Stretch) -> None:
         self._mlflow.log_metrics({name: float(getattr(stretch, name)) for name in CURVES}, step=stretch.step)
@@ -62,8 +66,11 @@ class Mlflow:
         mlflow.end_run()
 
     def fail(self, error: BaseException) -> None:
+        if self._mlflow.active_run() is None:
+            return  # it was finished before, and a tag would begin another one
+        stopped = not isinstance(error, Exception) or getattr(error, "exit_code", None) == Stopped.exit_code
         self._mlflow.set_tag("sparktrain.error", f"{type(error).__name__}: {error}"[:500])
-        self._mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        self._mlflow.end_run("KILLED" if stopped else "FAILED")
 
     def _log_model(self) -> None:
         """As a function from prompts to texts where there is a tokenizer, else as files."""
