@@ -7,7 +7,7 @@ it and the run goes on. None is needed; ``metrics.parquet`` has every step of ev
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,7 @@ from sparktrain.pulse import Stretch
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.spark.trackers.contract import Tracker
-from sparktrain.spark.trackers.mlflow import Mlflow
+from sparktrain.spark.trackers.mlflow import Mlflow, parent
 from sparktrain.spark.trackers.tensorboard import TensorBoard
 
 TRACKERS: dict[str, type[Tracker]] = {"mlflow": Mlflow, "tensorboard": TensorBoard}
@@ -79,12 +79,26 @@ class Tracking:
             yield
         except Exception as error:
             self._failed.add(name)
-            reason = next(iter(str(error).splitlines()), "")
-            print(
-                f"warning: {name} failed, the run goes on without it: {type(error).__name__}: {reason}",
-                file=sys.stderr,
-                flush=True,
-            )
+            warn(name, error)
+
+
+@contextlib.contextmanager
+def together(names: Sequence[str], title: str) -> Iterator[None]:
+    """Runs inside belong together: with MLflow among the trackers ``names``, they are children of one run ``title``."""
+    with contextlib.ExitStack() as held:
+        if "mlflow" in names:
+            try:
+                held.enter_context(parent(title))
+            except Exception as error:
+                warn("mlflow", error)
+        yield
+
+
+def warn(name: str, error: Exception) -> None:
+    """One line on standard error: tracker ``name`` failed."""
+    reason = next(iter(str(error).splitlines()), "")
+    line = f"warning: {name} failed, the run goes on without it: {type(error).__name__}: {reason}"
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,15 @@
 """MLflow: a run with the settings as parameters, curves, the run directory's tables, and the model, ready to serve.
 
 Where and as what is MLflow's own to say: ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``, or ``mlflow.set_...``
-before the run. Inside ``with mlflow.start_run():`` a run is a child of that one, so that a comparison is one tree.
+before the run. Inside ``with mlflow.start_run():`` a run is a child of that one.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from sparktrain.config import RunConfig
@@ -30,12 +32,8 @@ class Mlflow:
     package: ClassVar[str] = "mlflow"
 
     def __init__(self, config: RunConfig, directory: RunDir) -> None:
-        for name, value in _PATIENCE.items():
-            os.environ.setdefault(name, value)
-        import mlflow
-
-        self._mlflow, self._config, self._directory = mlflow, config, directory
-        active = mlflow.active_run()
+        self._mlflow, self._config, self._directory = _mlflow(), config, directory
+        active = self._mlflow.active_run()
         self._parent = active.info.run_id if active else None
 
     def start(self) -> None:
@@ -99,6 +97,26 @@ class Mlflow:
                 # Named, or MLflow would load the model here to find out.
                 pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "transformers")],
             )
+
+
+@contextlib.contextmanager
+def parent(title: str) -> Iterator[None]:
+    """An MLflow run of which runs inside are children."""
+    mlflow = _mlflow()
+    mlflow.start_run(run_name=title, nested=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(mlflow.MlflowException):  # its server went away meanwhile: the runs do not mind
+            mlflow.end_run()
+
+
+def _mlflow() -> Any:
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    return mlflow
 
 
 def _versions() -> dict[str, str]:
