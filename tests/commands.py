@@ -4,7 +4,8 @@ A block is preceded by a comment that a reader does not see: ``<!-- runnable -->
 ``<!-- not here: REASON -->``: it cannot run here; ``<!-- in .ci/run -->``: CI runs it by itself.
 
 ``python -m tests.commands`` runs all that are runnable, minutes, in an empty folder that looks like the repository,
-where conf/quickstart.toml asks for a small model and a few steps.
+where conf/quickstart.toml asks for a small model and a few steps; and the notebooks that tests do not run, on the data
+that the commands have left there.
 """
 
 import contextlib
@@ -16,8 +17,9 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tests import notebooks
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +29,18 @@ SMALL = {
     r"num_hidden_layers = \d+": "num_hidden_layers = 1",
     r"steps = 240": "steps = 4",
     r"heldout_sequences = 64": "heldout_sequences = 8",
+}
+NOTEBOOKS: dict[str, dict[str, Any]] = {
+    "02_compare_strategies": {"data": "data/mine", "hidden_size": 32, "steps": 4},
+    "03_on_databricks": {
+        "data": "data/mine",
+        "run_dir": "runs/third",
+        "ranks": 2,
+        "hidden_size": 32,
+        "steps": 4,
+        "total_batch": 8,
+        "trackers": [],
+    },
 }
 
 
@@ -93,3 +107,6 @@ if __name__ == "__main__":
         for each in blocks():
             if each.mark == "runnable":
                 print(each.page, each.commands, run(each, Path(directory), surroundings), sep="\n", flush=True)
+        for name, parameters in NOTEBOOKS.items():
+            with notebooks.kernel(Path(directory)) as execute:
+                print(name, notebooks.output_of(execute(notebooks.read(name, parameters))), sep="\n", flush=True)
