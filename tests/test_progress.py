@@ -32,7 +32,8 @@ with progress.shown(directory, 1, 2, 40, told.append):
             for rank, records in enumerate((first, second)):
                 work = 0.02 * (1 + rank)
                 records.append(StepRecord(step, 8.0, 4, 0.1, 1.0, 0.05, 0, work, 0.05 - work, 2_500_000, 0, 0))
-            time.sleep(0.05)
+            while step == 10 and not told:
+                time.sleep(0.01)
             if step == 30:
                 print("[rank 0 host] step 30/40  loss 2.0000", file=sys.stderr, flush=True)
 print(sum(stretch.steps for stretch in told), "steps were told")
