@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparktrain import cli
-from sparktrain.compare import Compare, Comparison, compare
+from sparktrain.compare import Compare, Comparison, compare, running
 from sparktrain.compare.comparison import Entry
 from sparktrain.compare.pictures import pareto_front
 from sparktrain.config import RunConfig
@@ -202,3 +202,16 @@ def test_strategies_are_compared_and_a_compare_goes_on_where_it_was(
     text = Path(out.strip()).read_text()
     assert "distro-lr0.003: distro, 2 ranks" in text
     assert "http" not in text
+
+
+def test_a_compare_of_sources_elsewhere_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = '[{"name": "a", "path": "x", "weight": 1}, {"name": "b", "path": "y", "weight": 2}]'
+    config = cli.parse(Compare, ["--run.dir", str(tmp_path / "run"), "--data.sources", named])
+    for place in ("run", "here", "there"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for _ in range(2):
+        running._claim(tmp_path / "run", config)
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(ConfigError, match="holds another compare: data.sources was .*here/x"):
+        running._claim(tmp_path / "run", config)

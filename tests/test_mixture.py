@@ -323,7 +323,7 @@ def trained(on_ranks: Callable[..., list[Any]], two: Path, tmp_path: Path) -> Ca
         for one in chain.from_iterable(result.records for result in ranks):
             assert one.loss_sum == pytest.approx(sum(source.loss_sum for source in one.sources), rel=1e-9)
             assert one.tokens == sum(source.tokens for source in one.sources)
-        return spec, RunResult.merge("run", ranks, sources=spec.asked)
+        return spec, RunResult.merge("run", ranks, sources=[Asked(*source) for source in spec.asked])
 
     return run
 

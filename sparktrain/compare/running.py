@@ -45,8 +45,8 @@ def _claim(directory: Path, config: Compare) -> None:
     file, identity = directory / "compare.json", config.identity()
     identity["optimizer"].pop("lr")
     identity.pop("strategies")
-    for name in ("path", "heldout"):
-        identity["data"][name] = [absolute(place) for place in identity["data"][name] or ()]
+    placed = config.data.placed(absolute)
+    identity["data"] |= {name: placed.get(name, []) for name in ("path", "sources", "heldout")}
     if not file.exists():
         if any(path.name != "LOCK" and not path.name.startswith(".") for path in directory.iterdir()):
             raise ConfigError(f"run.dir {directory} is not empty and holds no compare: choose another run.dir")
