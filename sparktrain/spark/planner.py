@@ -33,7 +33,7 @@ def spec_of(config: RunConfig, *sources: Sequence[Shard]) -> PlanSpec:
 
     Raises where what is to be skipped is not there, or is all of a source.
     """
-    data, of_source = config.data, list(config.data.trained_on)
+    data, of_source = config.data, list(config.data.trained_on) or [f"data.pipeline {config.data.pipeline}"]
     spec = PlanSpec(
         shards=tuple(chain.from_iterable(sources)),
         sequence_length=data.sequence_length,
