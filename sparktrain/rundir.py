@@ -5,20 +5,23 @@
     run.json             driver   identity of the run; written once
     config.json          driver   resolved settings; ranks read them
     plan/*.parquet       driver   the plan (Spark); ranks read their rows
+    digests/*.u4         driver   what each sequence's bytes are (Spark); ranks compare as they read
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
     changes/             anyone   see changes.py
     gen/000001/          driver   one attempt; made by an atomic mkdir
-      rank-00000.pickle  rank     its result or failure (results.py)
+      rank-00000.pickle  rank     its result or failure (results/)
       exit-00000.json    task     how the rank's process ended, and its last lines
-      pulse-00000.json   rank     where it is, every second or so, in place (pulse.py)
+      heartbeat-00000.json  rank  where it is, every second or so, in place (heartbeat.py)
       over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
+      receipts-00000-000000100.parquet  rank   what it read for them (receipts.py)
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
+    windows.parquet      driver   one row per window and rank (windows.py)
     result.json          driver   the summary; written last, so a run without it is not finished
     report.html          anyone   a page about it (report/page.py)
 
@@ -27,7 +30,6 @@ Single files are written under a temporary name and renamed, so that no reader e
 
 import contextlib
 import datetime
-import io
 import json
 import os
 import uuid
@@ -35,15 +37,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from sparktrain.atomic import write, write_json
+from sparktrain.atomic import write, write_json, write_table
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
+from sparktrain.config.section import differences
 from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
 from sparktrain.results import (
+    Asked,
     Outcome,
     RankFailure,
     RankResult,
@@ -67,6 +69,7 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
+        self.digests = self.path / "digests"
         self.model = self.path / "model"
         self.report = self.path / "report.html"
         self.checkpoints = Checkpoints(self.path)
@@ -170,8 +173,8 @@ class RunDir:
         """A rank's steps from the checkpoint before to that at ``step``."""
         return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
 
-    def pulse(self, generation: int, rank: int) -> Path:
-        return self.generation(generation) / f"pulse-{rank:05d}.json"
+    def heartbeat(self, generation: int, rank: int) -> Path:
+        return self.generation(generation) / f"heartbeat-{rank:05d}.json"
 
     def over(self, generation: int) -> Path:
         return self.generation(generation) / "over.json"
@@ -179,6 +182,10 @@ class RunDir:
     def end(self, generation: int, why: str) -> None:
         """Have the tasks of an attempt kill its ranks."""
         write_json(self.over(generation), {"why": why})
+
+    def receipts(self, generation: int, rank: int, step: int) -> Path:
+        """What a rank read from the file before to ``step``."""
+        return self.generation(generation) / f"receipts-{rank:05d}-{step:09d}.parquet"
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())
@@ -197,9 +204,8 @@ class RunDir:
         return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
 
     def write_result(self, result: RunResult) -> None:
-        table = io.BytesIO()
-        pq.write_table(result.rank_table, table)
-        write(self.path / "metrics.parquet", table.getvalue())
+        write_table(self.path / "metrics.parquet", result.rank_table)
+        write_table(self.path / "windows.parquet", result.windows)
         write_json(self.path / "result.json", result.summary())
 
     def finished(self) -> RunResult | None:
@@ -218,7 +224,8 @@ class RunDir:
         for checkpoint in self.checkpoints.lineage(outcomes[0].resumed_from if outcomes else None):
             for rank in range(checkpoint.world):
                 earlier += read_records(self.records(checkpoint.generation, rank, checkpoint.step).read_bytes())
-        return RunResult.merge(str(self.path), outcomes, earlier)
+        spec = self.plan_spec()
+        return RunResult.merge(str(self.path), outcomes, earlier, [Asked(*one) for one in spec.asked] if spec else ())
 
     # -- a rank's side -------------------------------------------------------------------------------------------
 
@@ -244,14 +251,6 @@ class RunDir:
 
     def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
         write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """``key was old, is new`` for each leaf that differs between two settings trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
-    return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
 
 
 def _read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ import socket
 import sys
 import traceback
 
-from sparktrain import failpoints, pulse
+from sparktrain import failpoints, heartbeat
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, Orphaned, SparktrainError
 from sparktrain.evaluation import Work
@@ -53,8 +53,8 @@ def run_rank(run_dir: str) -> RankResult:
             if spec is None:
                 raise ConfigError(f"run directory {run_dir} has no plan: start the run with jobs/train.py")
             if generation:  # a driver watches
-                file = directory.pulse(generation, rank)
-                held.enter_context(pulse.beating(file, rank, socket.gethostname(), os.getpid(), config.launch))
+                file = directory.heartbeat(generation, rank)
+                held.enter_context(heartbeat.beating(file, rank, socket.gethostname(), os.getpid(), config.launch))
             from sparktrain.train.loop import train  # the torch floor: imported by ranks only
 
             outcome = train(directory, config, spec, generation or directory.latest_generation())
@@ -69,6 +69,10 @@ def run_rank(run_dir: str) -> RankResult:
 def describe(config_json: str) -> str:
     """Model size and traffic of a run, as JSON: see :func:`sparktrain.train.describe.describe`."""
     from sparktrain.train.describe import describe as describe_run
+
+    # It is no rank of what its environment may name.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
 
     return json.dumps(describe_run(RunConfig.model_validate_json(config_json)))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from sparktrain import pulse
+from sparktrain import heartbeat
 from sparktrain.errors import DataError
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
@@ -117,19 +117,19 @@ class Chaos:
                 if kind_of(process) == kind.removeprefix("stopped ") and is_alive(process):
                     found.append(process)
         if kind == "stopped rank":  # one that has come so far as to follow its parent; before, only SIGKILL is fair
-            begun = {beat.pid for beat in self._pulses()}
+            begun = {beat.pid for beat in self._heartbeats()}
             found = [process for process in found if process.pid in begun]
         if kind in ("rank", "stopped rank", "torchrun") and len(found) < 2:
             return None  # an attempt that is just starting or ending
         return chance.choice(found) if found else None
 
-    def _pulses(self) -> list[pulse.Pulse]:
-        return pulse.read(self.directory.generation(self.directory.latest_generation()).glob("pulse-*.json"))
+    def _heartbeats(self) -> list[heartbeat.Heartbeat]:
+        return heartbeat.read(self.directory.generation(self.directory.latest_generation()).glob("heartbeat-*.json"))
 
     def _kill(self, kind: str, victim: psutil.Process) -> None:
         self.kills += 1
         generation = self.directory.latest_generation()
-        where = max((beat.step for beat in self._pulses()), default=-1)
+        where = max((beat.step for beat in self._heartbeats()), default=-1)
         step = f"step {where}" if where >= 0 else "before its first step"
         with contextlib.suppress(psutil.Error):
             victim.send_signal(signal.SIGSTOP if kind.startswith("stopped") else signal.SIGKILL)

@@ -123,6 +123,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(spark: Any, data: Path, tm
         "48 rows: 6 steps of 8 sequences, 1,536 tokens",
         "adamw: payload ",
         "distro: payload ",
+        "rank 1     ",
+        "verdict    ready: layouts agree; adamw took a round on each kind of host; 6 steps, a sync in each",
         "microshard_id",
     ):
         assert part in out

@@ -8,9 +8,10 @@ from sparktrain.atomic import write_json
 from sparktrain.compare.comparison import Comparison, Entry
 from sparktrain.compare.settings import Compare
 from sparktrain.config import RunConfig
+from sparktrain.config.section import differences
 from sparktrain.errors import ConfigError
 from sparktrain.results import RunResult
-from sparktrain.rundir import RunDir, differences
+from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources import absolute
 
 FORMAT = 1

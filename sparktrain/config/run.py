@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparktrain.config.data import Data
+from sparktrain.config.inner_loop import InnerLoop
 from sparktrain.config.section import Section
-from sparktrain.config.strategies import AdamW, Optimizer, Strategy
+from sparktrain.config.strategies import AdamW, Diloco, Optimizer, Sparseloco, Strategy
 
 
 def _directory(value: Any) -> Any:
@@ -39,7 +40,7 @@ class Model(Section):
     sizes: dict[str, Any] = {}
     """Fields of that model's Hugging Face config, such as hidden_size; vocab_size defaults to the tokenizer's."""
     tokenizer: Path | None = None
-    """Tokenizer directory, copied into the trained model; default: ../tokenizer beside data.path, if there."""
+    """Tokenizer directory, copied into the trained model; default: ../tokenizer beside the data, if there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -205,10 +206,28 @@ class Common(Section):
         reach = {"mirrors", "cache_dir", "cache_bytes"}
         policy = {"on_nonfinite", "max_skipped"}  # what stopped may go on with another
         exclude: Any = {"train": policy, "launch": True, "checkpoint": True, "eval": True, "data": reach}
-        exclude["run"] = {"dir", "log_every"}
+        exclude |= {"run": {"dir", "log_every"}, "inner_loop": {"timeout"}}
         return self.model_dump(mode="json", exclude=exclude)
 
 
 class RunConfig(Common):
     strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
     """How ranks share their progress."""
+    inner_loop: InnerLoop = InnerLoop()
+    """A program of yours in place of the ranks' own steps between two syncs."""
+
+    @model_validator(mode="after")
+    def _command_has_rounds(self) -> "RunConfig":
+        if not self.inner_loop.command:
+            return self
+        if not isinstance(self.strategy, Diloco | Sparseloco):
+            raise ValueError(
+                f"inner_loop.command is set, but strategy.kind {self.strategy.kind} syncs in every step: set "
+                "strategy.kind to diloco or sparseloco, or leave inner_loop.command out"
+            )
+        if self.strategy.sync_every == "auto":
+            raise ValueError(
+                "inner_loop.command is set, but strategy.sync_every is auto, which measures steps of the rank's own: "
+                "set strategy.sync_every to the number of steps of a round"
+            )
+        return self

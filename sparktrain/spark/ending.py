@@ -40,8 +40,8 @@ def stop(child: subprocess.Popen[bytes], grace: float) -> None:
 
 
 @contextmanager
-def with_attempt(child: subprocess.Popen[bytes], run_dir: str, over: str, pulses: tuple[str, ...]) -> Iterator[None]:
-    """Kill ``child``'s ranks, which write the files ``pulses``, and it, when file ``over`` is made while inside.
+def with_attempt(child: subprocess.Popen[bytes], run_dir: str, over: str, beats: tuple[str, ...]) -> Iterator[None]:
+    """Kill ``child``'s ranks, which write the files ``beats``, and it, when file ``over`` is made while inside.
 
     The ranks one by one: one that hangs may heed no signal but SIGKILL, and torchrun's end sends another.
     """
@@ -50,7 +50,7 @@ def with_attempt(child: subprocess.Popen[bytes], run_dir: str, over: str, pulses
     def follow() -> None:
         while not left.wait(_POLL_SECONDS):
             if os.path.exists(over):
-                for pid in _pids(run_dir, pulses):
+                for pid in _pids(run_dir, beats):
                     with suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGKILL)
                 with suppress(subprocess.TimeoutExpired):
@@ -67,9 +67,9 @@ def with_attempt(child: subprocess.Popen[bytes], run_dir: str, over: str, pulses
         thread.join()
 
 
-def _pids(run_dir: str, pulses: tuple[str, ...]) -> list[int]:
-    """The ranks that write ``pulses`` and run on this machine."""
-    said = [_read(file) for file in pulses]
+def _pids(run_dir: str, beats: tuple[str, ...]) -> list[int]:
+    """The ranks that write ``beats`` and run on this machine."""
+    said = [_read(file) for file in beats]
     here = [int(s["pid"]) for s in said if s.get("host") == socket.gethostname()]
     return [pid for pid in here if _is_rank(pid, run_dir)]
 

@@ -43,8 +43,8 @@ class RankDistributor(TorchDistributor):
     def run_ranks(self, job: task.Job) -> None:
         """Run all ranks to their end; raises where one fails."""
         directory, ranks = RunDir(job.run_dir), range(self.num_processes)
-        pulses = tuple(str(directory.pulse(job.generation, rank)) for rank in ranks)
-        self._run("sparktrain.worker", task.launch_ranks, job, str(directory.over(job.generation)), pulses)
+        heartbeats = tuple(str(directory.heartbeat(job.generation, rank)) for rank in ranks)
+        self._run("sparktrain.worker", task.launch_ranks, job, str(directory.over(job.generation)), heartbeats)
 
     def _run_distributed_training(
         self,
@@ -88,8 +88,8 @@ def launch(spark: SparkSession, job: task.Job, ranks: int, local: bool, use_gpu:
         directory.end(job.generation, f"{why}; stacks are in {job.log_dir}")
 
     try:
-        pulses = [directory.pulse(job.generation, rank) for rank in range(ranks)]
-        with _signals_unwind(), watching(directory.config().launch, pulses, end) as verdict:
+        heartbeats = [directory.heartbeat(job.generation, rank) for rank in range(ranks)]
+        with _signals_unwind(), watching(directory.config().launch, heartbeats, end) as verdict:
             if local:
                 distributor.run_ranks(job)
             else:

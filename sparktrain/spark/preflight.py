@@ -5,7 +5,6 @@ Ten silent minutes is what Spark gives a barrier stage with too few slots; these
 
 import json
 import os
-import platform
 import sys
 import time
 from functools import partial
@@ -14,10 +13,9 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from sparktrain import __version__
-from sparktrain.config import Data, RunConfig
-from sparktrain.errors import ConfigError, DataError, LaunchError, ModelError
-from sparktrain.spark import task
+from sparktrain.config import Data, InnerLoop, RunConfig
+from sparktrain.errors import ConfigError, DataError, LaunchError
+from sparktrain.spark import sanity, task
 from sparktrain.tokens.sources import absolute
 
 # Executors register a moment after the session is there.
@@ -68,6 +66,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
     values["launch"] |= {"mode": mode, "ranks": ranks, "threads": config.launch.threads or threads}
     values["run"]["dir"] = str(config.run.dir.absolute())
     values["data"] |= _absolute(config.data)
+    values["inner_loop"] |= _program(config.inner_loop)
     if config.model.tokenizer:
         values["model"]["tokenizer"] = str(config.model.tokenizer.absolute())
     local_model = Path(values["model"]["from_pretrained"] or "")
@@ -99,7 +98,8 @@ def ranks_left(spark: SparkSession, config: RunConfig) -> int:
 def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) -> dict[str, Any]:
     """Ask as many executors as there will be ranks (in local mode: this machine) whether they can run ``config``.
 
-    Returns what training the model needs (:func:`sparktrain.train.describe.describe`). Raises the first problem.
+    Returns what training the model needs (:func:`sparktrain.train.describe.describe`), with a row per rank (``rows``).
+    Raises the first problem.
     """
     reports = _probe(spark, config, paths)
     directory = config.run.dir
@@ -122,12 +122,11 @@ def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) ->
             f"run.dir {directory} on executor {unseen[0]['host']} is not the driver's: use a directory that all "
             "executors and the driver share (NFS, /dbfs, /Volumes, ...)"
         )
-    _check_versions(reports)
-    first = next(r for r in reports if r["node"] == 0)
-    if "problem" in first:
-        kind = next((k for k in (ConfigError, DataError, ModelError) if k.exit_code == first["code"]), LaunchError)
-        raise kind(first["problem"])
-    return dict(first["model"])
+    sanity.check_versions(reports)
+    for report in reports:
+        if problem := sanity.problem_of(report):
+            raise problem
+    return dict(reports[0]["model"]) | {"rows": sanity.rows_of(reports, config)}
 
 
 def is_local_master(spark: SparkSession) -> bool:
@@ -149,18 +148,25 @@ def import_path() -> tuple[str, ...]:
 
 def _absolute(data: Data) -> dict[str, Any]:
     """The places in ``data`` for other processes. Raises :class:`DataError` for a URI of no kind that is known."""
-    named = {"path": data.path, "heldout": data.heldout, "mirrors": data.mirrors}
-    found: dict[str, Any] = {name: [absolute(p) for p in places] for name, places in named.items() if places}
+    found = data.placed(absolute)
     roots = found.get("mirrors", [])
-    outside = [p for p in found["path"] if not any(f"{p}/".startswith(f"{root.rstrip('/')}/") for root in roots)]
-    if roots and (outside or len(roots) == 1):
+    read = [(setting, absolute(p)) for setting, places in data.trained_on.items() for p in places]
+    outside = [at for at in read if not any(f"{at[1]}/".startswith(f"{root.rstrip('/')}/") for root in roots)]
+    useless = outside == read if data.sources else outside  # of several sources, some may have no mirrors
+    if roots and (useless or len(roots) == 1):
         raise ConfigError(
-            f"data.mirrors are {', '.join(roots)}, which are no mirrors for data.path {(outside or found['path'])[0]}: "
-            "give two roots or more, one of them the one that data.path is under"
+            f"data.mirrors are {', '.join(roots)}, which are no mirrors for {' '.join((outside or read)[0])}: "
+            "give two roots or more, one of them the one that it is under"
         )
-    if data.cache_dir:
-        found["cache_dir"] = str(data.cache_dir.absolute())
-    return found
+    return found | ({"cache_dir": str(data.cache_dir.absolute())} if data.cache_dir else {})
+
+
+def _program(settings: InnerLoop) -> dict[str, Any]:
+    """Files that the command names, for processes elsewhere; a program to be looked for on the PATH stays a name."""
+    words = [
+        str(Path(w).absolute()) if Path(w).is_file() and (i or "/" in w) else w for i, w in enumerate(settings.command)
+    ]
+    return {"command": words, "module_search_roots": [str(root.absolute()) for root in settings.module_search_roots]}
 
 
 def _check_scheduling(spark: SparkSession) -> None:
@@ -207,7 +213,7 @@ def _probe(spark: SparkSession, config: RunConfig, paths: list[str]) -> list[dic
     if config.launch.mode == "local":
         before = list(sys.path)
         try:
-            return [task.probe(*arguments, 0)]
+            return [task.probe(*arguments, 0, looks=True)]
         finally:
             sys.path[:] = before
     config_json, run_dir, readable, imports = arguments
@@ -215,35 +221,6 @@ def _probe(spark: SparkSession, config: RunConfig, paths: list[str]) -> list[dic
     ranks = config.launch.ranks
     rows = spark.range(0, ranks, 1, ranks).mapInArrow(ask, "report string", barrier=True).collect()
     return sorted((json.loads(row.report) for row in rows), key=lambda r: int(r["node"]))
-
-
-def _check_versions(reports: list[dict[str, Any]]) -> None:
-    """All executors alike, and like the driver where the driver takes part (python, sparktrain)."""
-    first = reports[0]
-    for report in reports:
-        host = report["host"]
-        missing = [name for name, version in report["packages"].items() if version == "missing"]
-        if missing:
-            raise LaunchError(
-                f"executor {host} lacks {', '.join(missing)}: install it there, or ship an environment (spark.archives)"
-            )
-        if report["packages"]["sparktrain"] != __version__:
-            raise LaunchError(
-                f"executor {host} has sparktrain {report['packages']['sparktrain']}, the driver {__version__}: "
-                "install the same wheel on both"
-            )
-        for name, version in {**report["packages"], "python": report["python"]}.items():
-            other = {**first["packages"], "python": first["python"]}[name]
-            if version != other:
-                raise LaunchError(
-                    f"executor {host} has {name} {version}, executor {first['host']} has {other}: "
-                    "install the same on all executors"
-                )
-    if first["python"].rsplit(".", 1)[0] != platform.python_version().rsplit(".", 1)[0]:
-        raise LaunchError(
-            f"executors run Python {first['python']}, the driver {platform.python_version()}: "
-            "set PYSPARK_PYTHON to the same"
-        )
 
 
 def _conf(spark: SparkSession, key: str, default: str) -> str:

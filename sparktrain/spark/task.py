@@ -50,9 +50,9 @@ class Job:
     grace: float
 
 
-def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str, pulses: tuple[str, ...]) -> None:
+def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str, heartbeats: tuple[str, ...]) -> None:
     """Run ``python -m module job.run_dir`` as this task's ranks, until all have ended, or file ``over`` says that the
-    attempt has. ``pulses``: the files in which ranks say where they are, by rank.
+    attempt has. ``heartbeats``: the files in which ranks say where they are, by rank.
 
     Stands where TorchDistributor's ``_run_training_on_pytorch_file`` stood: called in a barrier task, or in the
     driver in local mode. Streams the ranks' lines to the driver as ``[rank 3 host]``. Raises RuntimeError where
@@ -77,7 +77,7 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
         start_new_session=True,
         preexec_fn=die_with_parent if sys.platform == "linux" else None,
     )
-    mine = pulses[node * per_node : (node + 1) * per_node]
+    mine = heartbeats[node * per_node : (node + 1) * per_node]
     try:
         with with_attempt(child, job.run_dir, over, mine):
             tail = _pump(child, prefix, input_params.get("log_streaming_client"))
@@ -174,9 +174,9 @@ def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
 
 
 def probe(
-    config_json: str, run_dir: str, paths: tuple[str, ...], import_path: tuple[str, ...], node: int
+    config_json: str, run_dir: str, paths: tuple[str, ...], import_path: tuple[str, ...], node: int, looks: bool
 ) -> dict[str, Any]:
-    """What one executor looks like to a run; task 0 also reports on the model (``worker --describe``).
+    """What one executor looks like to a run; one that ``looks`` also tries out the model (``worker --describe``).
 
     ``problem`` is an error line with its exit code ``code``, where the model or a path cannot be used.
     """
@@ -191,7 +191,7 @@ def probe(
         report["unwritable"] = ""
     except OSError as error:
         report["unwritable"] = str(error.strerror)
-    if node == 0:
+    if looks:
         asked = subprocess.run(
             [sys.executable, "-m", "sparktrain.worker", "--describe"],
             input=config_json,
@@ -217,7 +217,9 @@ def probe_partition(
 
     for _ in batches:
         pass
-    report = probe(config_json, run_dir, paths, import_path, BarrierTaskContext.get().partitionId())
+    context = BarrierTaskContext.get()
+    hosts, node = [info.address.rpartition(":")[0] for info in context.getTaskInfos()], context.partitionId()
+    report = probe(config_json, run_dir, paths, import_path, node, looks=hosts.index(hosts[node]) == node)
     yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 
 

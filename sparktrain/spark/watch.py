@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sparktrain import pulse
+from sparktrain import heartbeat
 from sparktrain.config import Launch
 
 # For the tasks to end their ranks by themselves, before Spark is asked to end the tasks.
@@ -36,14 +36,14 @@ def hung(over: Path) -> str | None:
 
 
 @contextmanager
-def watching(launch: Launch, pulses: Sequence[Path], end: Callable[[str], None]) -> Iterator[Verdict]:
-    """While inside, call ``end`` with a line that says which, when one of the ranks that write ``pulses`` hangs."""
+def watching(launch: Launch, heartbeats: Sequence[Path], end: Callable[[str], None]) -> Iterator[Verdict]:
+    """While inside, call ``end`` with a line that says which, when one of the ranks that write ``heartbeats`` hangs."""
     over, verdict = threading.Event(), Verdict()
 
     def watch() -> None:
-        judge = pulse.Watch(launch)
-        while not over.wait(pulse.interval(launch)):
-            if why := judge.hung(pulse.read(pulses), time.monotonic()):
+        judge = heartbeat.Watch(launch)
+        while not over.wait(heartbeat.interval(launch)):
+            if why := judge.hung(heartbeat.read(heartbeats), time.monotonic()):
                 with suppress(OSError):
                     end(why)
                     verdict.reach()

@@ -6,7 +6,9 @@ Shapes: n = sequences, L = tokens of a window, S = L - 1.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -36,9 +38,19 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
+        return int(self.targets_of_rows.sum())
+
+    @property
+    def targets_of_rows(self) -> torch.Tensor:
+        """``[n]`` int64."""
         if self.labels is None:
-            return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
-        return int((self.labels[:, 1:] != IGNORED).sum())
+            return torch.full((self.tokens.shape[0],), self.tokens.shape[1] - 1)
+        return (self.labels[:, 1:] != IGNORED).sum(1)
+
+    def arrays(self) -> "dict[str, np.ndarray[Any, Any]]":
+        """What there is of it, by name."""
+        named = zip(("tokens", "labels", "position_ids"), self._parts(), strict=True)
+        return {name: part.numpy() for name, part in named if part is not None}
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if t is None else t.to(device) for t in self._parts()))  # type: ignore[arg-type]

@@ -3,25 +3,27 @@
 Shapes: B_ = sequences of this rank in a step, M_ = of one micro-batch, S = sequence length, V = vocabulary.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints, pulse
-from sparktrain.config import RunConfig, Train
-from sparktrain.errors import Changed, ConfigError, DataError
+from sparktrain import failpoints, heartbeat
+from sparktrain.config import RunConfig
+from sparktrain.errors import Changed, ConfigError
 from sparktrain.plan import PlanSpec
+from sparktrain.receipts import Receipts
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
-from sparktrain.train import checkpoint, models, speed
+from sparktrain.train import checkpoint, models, pipelines, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
-from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.by_source import by_source
+from sparktrain.train.evaluate import heldout_loss, sequence_losses
+from sparktrain.train.external_rounds import Rounds, hand_over
+from sparktrain.train.gradients import accumulate, clip, skip, targets_of
 from sparktrain.train.live import Live
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
@@ -43,6 +45,7 @@ class Training:
     strategy: Strategy
     live: Live
     requests: Requests
+    rounds: Rounds | None = None
 
 
 def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
@@ -56,7 +59,7 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int)
 def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
     also writes the trained model."""
-    pulse.at("loads")
+    heartbeat.at("loads")
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
     first_step = start.step if start else 0
@@ -67,6 +70,7 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         check_separates(model)
     kind = STRATEGIES[config.strategy.kind]
     strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
+    rounds = hand_over(model, strategy, config, spec, directory.run_id, world)
     _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}")
     if start is None:
         before = heldout_loss(model, config, world)
@@ -78,34 +82,25 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
     skipped = config.train.max_skipped if config.train.on_nonfinite == "skip" else 0
-    requests = Requests(directory, world, strategy.local, live.waits, skipped)
-    training = Training(directory, config, spec, world, model, strategy, live, requests)
+    requests = Requests(directory, world, strategy.local and not rounds, live.waits, skipped)
+    training = Training(directory, config, spec, world, model, strategy, live, requests, rounds)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
         records, first_step_at = _run(training, saver, first_step)
-    if training.requests.asked.stop:
-        raise training.requests.stopped(records[-1].step + 1, spec.steps)
-    pulse.at("saves", spec.steps)
+    if requests.asked.stop:
+        raise requests.stopped(records[-1].step + 1, spec.steps)
+    heartbeat.at("saves", spec.steps)
     failpoints.reach("trained", rank=world.rank, generation=generation)
     _sync(strategy, records)
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
-    pulse.at("saves")
+    heartbeat.at("saves")
     if world.rank == 0:
         models.save(model, config, directory.model)
     failpoints.reach("saved", rank=world.rank, generation=generation)
     _say(world, f"finished: held-out loss {_number(after)}, parameters {digest[:16]}")
-    return RankResult(
-        rank=world.rank,
-        world=world.size,
-        host=world.host,
-        records=records,
-        digest=digest,
-        num_parameters=model.num_parameters(),
-        heldout_before=before,
-        heldout_after=after,
-        first_step_at=first_step_at,
-        resumed_from=start.name if start else None,
-    )
+    resumed_from, size = start.name if start else None, model.num_parameters()
+    where = (world.rank, world.size, world.host)
+    return RankResult(*where, records, digest, size, before, after, first_step_at, resumed_from)
 
 
 def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) -> tuple[list[StepRecord], float]:
@@ -114,16 +109,19 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     spec, live, requests = training.spec, training.live, training.requests
     records, first_step_at = [], 0.0
     with requests.heeding_sigterm(training.config.launch.grace):
-        for record in _steps(training, first_step):
+        for turn in _turns(training, first_step, saver.receipts):
             first_step_at = first_step_at or time.time()
-            config, done = live.at(record.step), record.step + 1
-            records.append(_measured(training, record, config.eval.every))
+            begun, done = turn[0].step, turn[-1].step + 1
+            config = live.at(done - 1)
+            if done < spec.steps and _due(config.eval.every, begun, done):
+                turn[-1] = _measured(training, turn[-1])
+            records += turn
             again = requests.asked.change and live.take(done)
+            if begun == first_step or _due(config.run.log_every, begun, done):
+                _say(training.world, _line(turn[-1], spec))
+            heartbeat.at("saves")
             every = config.checkpoint.every
-            if record.step == first_step or done % config.run.log_every == 0:
-                _say(training.world, _line(record, spec))
-            pulse.at("saves")
-            if requests.asked.save or again or (every and (done % every == 0 or done == spec.steps)):
+            if requests.asked.save or again or _due(every, begun, done) or (every and done == spec.steps):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
                 saver.wait()
@@ -136,6 +134,33 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     return records, first_step_at
 
 
+def _turns(training: Training, first_step: int, receipts: Receipts) -> Iterator[list[StepRecord]]:
+    """Records of the steps after which there is a state to save: of every one, or of all in a program's round."""
+    if training.rounds is None:
+        yield from ([record] for record in _steps(training, first_step, receipts))
+    else:
+        speeds, batches = _batches(training, first_step, receipts)
+        yield from training.rounds.records(first_step, batches, speeds, training.live.at, training.requests.agree)
+
+
+def _due(every: int, begun: int, done: int) -> bool:
+    """Whether what is done every so many steps, or never, is due after step ``begun`` and those up to ``done``."""
+    return every > 0 and done // every > begun // every
+
+
+def _batches(
+    training: Training, first_step: int, receipts: Receipts | None
+) -> tuple[tuple[float, ...], Iterator[Batch]]:
+    """What ranks' shares are by, and this rank's batches from ``first_step`` on, with ``receipts`` for each."""
+    config, spec, world = training.config, training.spec, training.world
+    shards = opener(config.data, known(spec.shards))
+    speeds = speed.of_ranks(training.model, config, spec, world)
+    made = pipelines.planned(config, training.model.config.vocab_size, spec)
+    place = (world.rank, world.size, first_step, speeds)
+    batches = Batches(training.directory, spec, *place, shards, receipts, config.data.cache_dir is not None, made)
+    return speeds, iter(batches)
+
+
 def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
     """Bring ranks together at the end of the run, at the cost of the last step."""
     before = vars(strategy.traffic).copy()
@@ -145,45 +170,41 @@ def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
         records[-1] = last._replace(**{name: getattr(last, name) + now[name] - before[name] for name in _BYTES})
 
 
-def _measured(training: Training, record: StepRecord, every: int) -> StepRecord:
-    """``record``, where it is due with the held-out loss of the weights that all ranks share; none of them changes."""
-    done, steps = record.step + 1, training.spec.steps
-    if not every or done % every or done == steps:
-        return record
+def _measured(training: Training, record: StepRecord) -> StepRecord:
+    """``record`` with the held-out loss of the weights that all ranks share; none of them changes."""
     loss = heldout_loss(training.model, training.config, training.world, training.strategy.extract())
-    _say(training.world, f"step {done}/{steps}  held-out loss {_number(loss)}")
+    _say(training.world, f"step {record.step + 1}/{training.spec.steps}  held-out loss {_number(loss)}")
     return record._replace(heldout_loss=loss)
 
 
-def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
-    """One record per step of the plan from ``first_step`` on."""
+def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = None) -> Iterator[StepRecord]:
+    """One record per step of the plan from ``first_step`` on, and ``receipts`` for what it read."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
     strategy, live, requests = training.strategy, training.live, training.requests
-    shards = opener(config.data, known(spec.shards))
-    speeds = speed.of_ranks(model, config, spec, world)
-    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+    speeds, batches = _batches(training, first_step, receipts)
     for step in range(first_step, spec.steps):
         if (now := live.at(step)) is not config:
             config = now
             strategy.retune(config.optimizer, config.strategy)
         began = time.perf_counter()
-        pulse.at("reads", step)
+        heartbeat.at("reads", step)
         batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
         # What a strategy makes of gradients scaled so is in its contract.
-        scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / _targets(batch, step, spec, world)
-        loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
+        scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / targets_of(batch, step, spec, world)
+        losses_B = accumulate(model, batch.to(world.device), scale, config.train, sequence_losses)
+        loss_sum = float(losses_B.sum())
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         updating = time.perf_counter()
-        pulse.at("updates")
+        heartbeat.at("updates")
         if asked.skip:
-            norm = _skip(model, strategy, lr)
+            norm = skip(model, strategy, lr)
         else:
             strategy.average_gradients()
-            norm = _clip(model, config.train.max_grad_norm)
+            norm = clip(model, config.train.max_grad_norm)
             strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
@@ -200,56 +221,12 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             data_seconds=loaded - began,
             compute_seconds=ended - loaded - moved["seconds"],
             communication_seconds=moved["seconds"],
-            payload_bytes=int(moved["payload_bytes"]),
-            bytes_sent=int(moved["bytes_sent"]),
-            bytes_received=int(moved["bytes_received"]),
+            **{name: int(moved[name]) for name in _BYTES},
             optimizer_seconds=optimizer_seconds,
+            examples=len(batch.tokens),
+            delta_norm=strategy.delta_norm,
+            sources=by_source(spec, step, world, speeds, batch, losses_B),
         )
-
-
-def _skip(model: PreTrainedModel, strategy: Strategy, lr: float) -> float:
-    """Leave out an update; the norm of its gradient, which is not a number."""
-    model.zero_grad(set_to_none=True)
-    if strategy.local:  # the step counts, or this rank would come late to every sync; without gradients it does nothing
-        strategy.step(lr, 0)
-    return math.nan
-
-
-def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
-    """Targets of the global batch. Known from the plan where every token is one, which all ranks see alike; else the
-    ranks' counts are added up."""
-    if not spec.leaves_targets_out:
-        return spec.target_tokens(step)
-    pulse.at("agrees")
-    targets = int(world.sum(batch.num_targets)[0])
-    if not targets:
-        raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
-    return targets
-
-
-def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, settings: Train) -> float:
-    """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    model.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
-    exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
-    for part in batch.split(settings.micro_batch):
-        pulse.at("computes")
-        loss = token_losses(model, part, settings.autocast)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-        for sum_so_far, parameter in zip(exact, parameters, strict=False):
-            if parameter.grad is not None:
-                sum_so_far += parameter.grad
-                parameter.grad = None
-    for sum_so_far, parameter in zip(exact, parameters, strict=False):
-        parameter.grad = sum_so_far.to(parameter.dtype)
-    return float(total)
-
-
-def _clip(model: PreTrainedModel, max_norm: float) -> float:
-    """Global norm of the gradient, which is then clipped to ``max_norm`` (0: not)."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf))
 
 
 def _line(record: StepRecord, spec: PlanSpec) -> str:

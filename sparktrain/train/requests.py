@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from sparktrain import pulse
+from sparktrain import heartbeat
 from sparktrain.errors import Diverged, Orphaned, SparktrainError, Stopped
 from sparktrain.parent import follow_parent
 from sparktrain.rundir import SAVE, STOP, RunDir
@@ -56,7 +56,7 @@ class Requests:
     def agree(self, step: int, loss_sum: float) -> Asked:
         """What all ranks do after ``step``, kept in ``asked`` too. ``Diverged``, before anything is updated, where a
         loss is not a number."""
-        pulse.at("agrees")
+        heartbeat.at("agrees")
         world, finite = self._world, math.isfinite(loss_sum)
         due = step % self._every == self._every - 1
         told, ended = due and self._told(STOP), due and self._terminated.is_set()

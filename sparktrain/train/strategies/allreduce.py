@@ -26,6 +26,7 @@ class AllReduceAdamW:
     """
 
     local = False
+    delta_norm = None
 
     def __init__(
         self,

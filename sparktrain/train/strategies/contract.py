@@ -60,6 +60,11 @@ class Strategy(Protocol):
     traffic: Traffic
     local: bool
 
+    @property
+    def delta_norm(self) -> float | None:
+        """L2 norm of what this rank changed of the parameters in the round that its last step ended; None where that
+        step ended none."""
+
     def average_gradients(self) -> None:
         """Replace ``.grad`` by its mean over ranks, where the strategy needs that before clipping; else nothing."""
 

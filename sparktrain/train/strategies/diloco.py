@@ -117,7 +117,7 @@ class DiLoCo(LocalSteps):
         self._velocity: torch.Tensor | None = None
 
     def retune(self, optimizer: Optimizer, section: Diloco) -> None:
-        retune(self.inner, optimizer)
+        retune(self.optimizer, optimizer)
         self.outer_lr, self.outer_momentum = section.outer_lr, section.outer_momentum
 
     def state_dict(self) -> dict[str, Any]:

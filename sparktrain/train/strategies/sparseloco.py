@@ -27,7 +27,7 @@ from sparktrain.train.compression.wire import ChunkCode, Values
 from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.inner import adamw, retune
 from sparktrain.train.strategies.replicas.cadence import Bounds, Every, first_every
-from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, is_finite
+from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, square_of
 from sparktrain.train.strategies.replicas.exchange import HEAD, Received
 from sparktrain.train.strategies.replicas.flat import Flat, Tile, named
 from sparktrain.train.strategies.replicas.local_steps import LocalSteps
@@ -90,7 +90,7 @@ class SparseLoCo(LocalSteps):
         )
 
     def retune(self, optimizer: Optimizer, section: Sparseloco) -> None:
-        retune(self.inner, optimizer)
+        retune(self.optimizer, optimizer)
         self.outer_lr, self._sparse.decay = section.outer_lr, section.error_decay
 
     def _layout(self) -> str:
@@ -121,11 +121,11 @@ class Sparse:
     def residual(self) -> Tensor:
         return self._residual[: self._weights]
 
-    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, bool]:
-        chosen, finite = [], True
+    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, float]:
+        chosen, square = [], 0.0
         for tile in flat.fragments[fragment]:
             part = flat.progress(tile, self._tile[: tile.length])
-            finite &= is_finite(part)
+            square += square_of(part)
             self._residual[tile.weights].mul_(self.decay).add_(part)
             first, chunks = self._place(tile)
             told = self._residual[first * self._code.area :][: chunks * self._code.area]
@@ -135,7 +135,7 @@ class Sparse:
         message = self._code.encode(torch.cat([c.indices for c in chosen]), torch.cat([c.values for c in chosen]))
         index, value = self._code.decode(message, self._chunks)
         self._add(self._residual, index, value, -1.0)
-        return torch.cat([head, message]), finite
+        return torch.cat([head, message]), square
 
     def means(self, flat: Flat, fragment: int, received: Received) -> Iterator[tuple[Tile, Tensor]]:
         said = [self._code.decode(row, self._chunks) for row in received.data]

@@ -94,7 +94,7 @@ class DisTrO(torch.optim.Optimizer):
         self._layout += f", values {self.values}, overlap {overlap}"
         self._rules = f"compression_decay {compression_decay}, verify_every {verify_every}, max_refused {max_refused}"
         self.numbers = message.Numbers()
-        self.steps, self.local = 0, False
+        self.steps, self.local, self.delta_norm = 0, False, None
         self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._names = checks.names_of(self.param_groups)
         checks.check_parameters(self._names, self._parameters)

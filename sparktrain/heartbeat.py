@@ -39,7 +39,7 @@ _PART = 0.9
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """What a rank last said of itself.
 
     Args:
@@ -91,10 +91,12 @@ def beating(file: Path, rank: int, host: str, pid: int, launch: Launch) -> Itera
     over, began = threading.Event(), _Here(since=time.monotonic())
     vars(_here).update(vars(began))
 
-    def beat(number: int) -> Pulse:
+    def beat(number: int) -> Heartbeat:
         seconds = time.monotonic() - _here.since
         since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
-        said = Pulse(rank, host, pid, number, _here.step, _here.place, seconds, f"{since:%H:%M:%S} UTC", _here.slowest)
+        said = Heartbeat(
+            rank, host, pid, number, _here.step, _here.place, seconds, f"{since:%H:%M:%S} UTC", _here.slowest
+        )
         # In place: a reader passes over what it cannot parse, and no rank that is killed leaves a temporary file.
         with contextlib.suppress(OSError):
             file.write_text(json.dumps(asdict(said)))
@@ -113,7 +115,7 @@ def beating(file: Path, rank: int, host: str, pid: int, launch: Launch) -> Itera
         beat(number + 1)
 
     beat(0)
-    thread = threading.Thread(target=beats, name="pulse", daemon=True)
+    thread = threading.Thread(target=beats, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield
@@ -122,12 +124,12 @@ def beating(file: Path, rank: int, host: str, pid: int, launch: Launch) -> Itera
         thread.join()
 
 
-def read(files: Iterable[Path]) -> list[Pulse]:
+def read(files: Iterable[Path]) -> list[Heartbeat]:
     """What ranks said last; those that said nothing yet, or are just saying it, are left out."""
     found = []
     for file in files:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Pulse(**json.loads(file.read_text())))
+            found.append(Heartbeat(**json.loads(file.read_text())))
     return found
 
 
@@ -136,16 +138,16 @@ def interval(launch: Launch) -> float:
     return min(3.0, max(0.2, (launch.step_timeout or _LEAST_SECONDS) / 20))
 
 
-def limit(pulse: Pulse, launch: Launch, silent: bool = False) -> float:
+def limit(heartbeat: Heartbeat, launch: Launch, silent: bool = False) -> float:
     """Seconds that a rank may be where it is, or ``silent``."""
     longest = _PART * launch.collective_timeout
-    if pulse.place not in _STEP:
+    if heartbeat.place not in _STEP:
         return longest
     if launch.step_timeout:
         return float(launch.step_timeout)
-    if pulse.slowest == 0 or not (silent or pulse.place == "computes"):
+    if heartbeat.slowest == 0 or not (silent or heartbeat.place == "computes"):
         return longest
-    return min(longest, max(_LEAST_SECONDS, _STEPS * pulse.slowest))
+    return min(longest, max(_LEAST_SECONDS, _STEPS * heartbeat.slowest))
 
 
 class Watch:
@@ -155,23 +157,23 @@ class Watch:
         self._launch = launch
         self._heard: dict[int, tuple[int, float]] = {}
 
-    def hung(self, pulses: Iterable[Pulse], now: float) -> str | None:
+    def hung(self, heartbeats: Iterable[Heartbeat], now: float) -> str | None:
         """Which rank hangs at ``now`` (seconds of a clock that never goes back), in one line; None: none does."""
         silent, idle, by_rank = {}, {}, {}
-        for pulse in pulses:
-            rank = pulse.rank
-            if self._heard.get(rank, (-1, now))[0] != pulse.beat:
-                self._heard[rank] = pulse.beat, now
-            by_rank[rank] = pulse
-            silent[rank] = 0.0 if pulse.place == "ended" else now - self._heard[rank][1]
-            idle[rank] = pulse.seconds + now - self._heard[rank][1]
+        for heartbeat in heartbeats:
+            rank = heartbeat.rank
+            if self._heard.get(rank, (-1, now))[0] != heartbeat.beat:
+                self._heard[rank] = heartbeat.beat, now
+            by_rank[rank] = heartbeat
+            silent[rank] = 0.0 if heartbeat.place == "ended" else now - self._heard[rank][1]
+            idle[rank] = heartbeat.seconds + now - self._heard[rank][1]
 
         def first(ranks: Iterable[int]) -> int:
             return min(ranks, key=lambda r: (by_rank[r].step, list(PLACES).index(by_rank[r].place), r))
 
-        limits = {rank: limit(pulse, self._launch) for rank, pulse in by_rank.items()}
-        lost = [r for r, pulse in by_rank.items() if silent[r] > limit(pulse, self._launch, silent=True)]
-        stuck = [r for r, pulse in by_rank.items() if pulse.place not in _WAITING and idle[r] > limits[r]]
+        limits = {rank: limit(heartbeat, self._launch) for rank, heartbeat in by_rank.items()}
+        lost = [r for r, heartbeat in by_rank.items() if silent[r] > limit(heartbeat, self._launch, silent=True)]
+        stuck = [r for r, heartbeat in by_rank.items() if heartbeat.place not in _WAITING and idle[r] > limits[r]]
         if lost:
             return self._say(by_rank[first(lost)], f"no sign of life for {silent[first(lost)]:.0f} s")
         if stuck:
@@ -180,10 +182,10 @@ class Watch:
             return self._say(by_rank[first(idle)], f"no rank made progress for {min(idle.values()):.0f} s")
         return None
 
-    def _say(self, pulse: Pulse, what: str) -> str:
-        step = f" of step {pulse.step}" if pulse.step >= 0 else ""
-        setting = "launch.step_timeout" if pulse.place in _STEP else "launch.collective_timeout"
+    def _say(self, last: Heartbeat, what: str) -> str:
+        step = f" of step {last.step}" if last.step >= 0 else ""
+        setting = "launch.step_timeout" if last.place in _STEP else "launch.collective_timeout"
         return (
-            f"rank {pulse.rank} on {pulse.host} hangs: {what}; since {pulse.since} it was {PLACES[pulse.place]}{step} "
+            f"rank {last.rank} on {last.host} hangs: {what}; since {last.since} it was {PLACES[last.place]}{step} "
             f"(longer than {setting} allows)"
         )
