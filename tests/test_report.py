@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sparktrain import cli
+from sparktrain.compare.comparison import Entry
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError
 from sparktrain.report.figures import heldout_points, png, smoothed
@@ -99,6 +100,17 @@ def test_a_run_in_six_panels_shows_what_was_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("steps", "world"), [(1, 1), (2, 3)])
 def test_a_run_of_a_step_or_of_a_rank_has_pictures_too(tmp_path: Path, steps: int, world: int) -> None:
     assert png(a_result(tmp_path, steps, world, received=0).plot()).startswith(b"\x89PNG")
+
+
+def test_a_skipped_step_is_a_gap(tmp_path: Path) -> None:
+    result = a_result(tmp_path)
+    for rank in result.ranks:
+        rank.records[7] = rank.records[7]._replace(loss_sum=math.nan, grad_norm=math.nan)
+    loss, norm = result.plot().axes[0], result.plot().axes[2]
+    assert np.isnan(loss.lines[0].get_ydata()).nonzero()[0].tolist() == [7]
+    assert np.isfinite(loss.lines[1].get_ydata()).all()
+    assert all(np.isfinite(axes.get_ylim()).all() for axes in (loss, norm))
+    np.testing.assert_allclose(Entry("a", "adamw", 1e-3, result, 4).loss, 3 + 5 * np.exp(-np.arange(37, 40) / 8).mean())
 
 
 def test_a_moving_average_of_a_constant_is_that_constant() -> None:

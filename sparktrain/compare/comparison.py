@@ -1,6 +1,7 @@
 """The table of a comparison."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,12 @@ class Entry:
 
     @property
     def loss(self) -> float:
-        """Mean training loss, in nats per token, of the last tenth of the steps."""
-        table = self.result.table
-        last = table.slice(table.num_rows - max(1, table.num_rows // _LAST_PART)).to_pylist()
-        return float(sum(row["loss"] * row["tokens"] for row in last) / sum(row["tokens"] for row in last))
+        """Mean training loss, in nats per token, of the last tenth of the steps that were not skipped."""
+        taken = [row for row in self.result.table.to_pylist() if math.isfinite(row["loss"])]
+        last = taken[-max(1, len(taken) // _LAST_PART) :]
+        return (
+            sum(row["loss"] * row["tokens"] for row in last) / sum(row["tokens"] for row in last) if last else math.nan
+        )
 
     def row(self, best: bool) -> dict[str, Any]:
         """Bytes and seconds are a rank's, as in :meth:`RunResult.summary`; ``less_than_ring``: how many times fewer

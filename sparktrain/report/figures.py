@@ -60,12 +60,14 @@ def panel(axes: Axes, title: str, x: str, y: str = "") -> Axes:
 
 
 def smoothed(values: Sequence[float] | Numbers, part: float = 0.02) -> Numbers:
-    """Exponential moving average over about ``part`` of them, without the pull of its beginning."""
+    """Exponential moving average over about ``part`` of them, without the pull of its beginning; of a step that was
+    skipped, whose value is no number, that of the step before."""
     decay = 1 - 1 / max(1.0, part * len(values))
     sums, weight, found = 0.0, 0.0, []
     for value in values:
-        sums, weight = decay * sums + value, decay * weight + 1
-        found.append(sums / weight)
+        if np.isfinite(value):
+            sums, weight = decay * sums + value, decay * weight + 1
+        found.append(sums / weight if weight else np.nan)
     return np.array(found)
 
 
@@ -117,7 +119,7 @@ def _noisy(axes: Axes, x: Numbers, y: Numbers, label: str = "") -> None:
     """Every value faintly, their moving average over it; what a few values leave the rest no room for is cut off."""
     axes.plot(x, y, color=COLORS[0], alpha=0.3, linewidth=0.8)
     axes.plot(x, smoothed(y), color=COLORS[0], linewidth=1.8, label=label)
-    low, high = np.quantile(y, [0.005, 0.995])
+    low, high = np.quantile(y[np.isfinite(y)], [0.005, 0.995]) if np.isfinite(y).any() else (0.0, 0.0)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
 
