@@ -172,7 +172,7 @@ def receipt(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[RunDi
     return lambda directory: edit(directory.receipts(2, 1, 8), change)
 
 
-def manifest(step: int, generation: int, **changes: Any) -> Callable[[RunDir], None]:
+def manifest(step: int, generation: int, /, **changes: Any) -> Callable[[RunDir], None]:
     def sabotage(directory: RunDir) -> None:
         file = directory.checkpoints.path / f"{name_of(step, generation)}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
