@@ -1,6 +1,6 @@
 """How long the loop waits for data from a server that sends a given multiple of what training needs.
 
-    python benchmarks/waiting.py [--steps 60]
+    python benchmarks/waiting.py [--steps 60] [--multiples 0.5 1 2 4]
 
 The model and batches of ``benchmarks/loop.py``. First the loop trains on local shards, which tells the rate it needs;
 then from an HTTP server of another process, each of whose answers takes 20 ms to begin, and which sends no more than
@@ -87,7 +87,9 @@ def train(run: RunDir, config: Any, spec: plan.PlanSpec, world: World) -> list[S
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
-    steps = parser.parse_args().steps
+    parser.add_argument("--multiples", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0])
+    options = parser.parse_args()
+    steps = options.steps
     with tempfile.TemporaryDirectory() as directory, start_world(threads=1, timeout_seconds=60) as world:
         path = Path(directory)
         run, config, spec = prepare(path, steps)
@@ -95,7 +97,7 @@ def main() -> None:
         seconds = statistics.median(record.seconds - record.data_seconds for record in records)
         rate = BATCH * 2 * (LENGTH + 1) / seconds
         print(f"a step takes {1000 * seconds:.1f} ms and needs {BATCH} sequences: {rate / 1000:,.1f} kB/s")
-        for multiple in (0.5, 1.0, 2.0, 4.0):
+        for multiple in options.multiples:
             ours, theirs = multiprocessing.Pipe()
             context = multiprocessing.get_context("spawn")
             server = context.Process(target=serve, args=(directory, multiple * rate, theirs), daemon=True)
