@@ -69,7 +69,7 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
         directory.check(config)
         if finished := directory.finished():
             return finished
-        prepared = _prepare(spark, config)
+        prepared = _prepare_again(spark, config)
         directory.claim(config)
         planner.write_plan(spark, prepared.spec, directory)
         print(prepared.describe(), *Changes(directory.path).describe(), sep="\n", flush=True)
@@ -85,6 +85,22 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
         prepared = _prepare(spark, config)
         first = planner.plan_frame(spark, prepared.spec).limit(5).toArrow()
     return f"{prepared.describe()}\nfirst rows of the plan:\n{_table(first)}"
+
+
+def _prepare_again(spark: SparkSession, config: RunConfig) -> Prepared:
+    """:func:`_prepare`, from the start where an executor is lost meanwhile: Spark never repeats a barrier stage."""
+    failures = 0
+    while True:
+        try:
+            return _prepare(spark, config)
+        except Exception as error:  # py4j and Spark have no common type
+            if not (lost := launch.lost_executor(error)):
+                raise
+            failures += 1
+            few = preflight.ranks_left(spark, config) < config.launch.ranks
+            if few or failures > config.launch.max_restarts:
+                raise LaunchError(f"{lost} before ranks were started: start the same command again") from error
+            print(f"{lost}; checks begin again, {failures} of {config.launch.max_restarts}", flush=True)
 
 
 def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
