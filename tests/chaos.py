@@ -234,6 +234,8 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, required=True, help="a new directory for everything")
     asked, more = parser.parse_known_args()
     base = asked.directory.absolute()
+    if base.exists():
+        parser.error(f"--directory {base} is there already: choose another or remove it")
     base.mkdir(parents=True)
     write_shards(base / "train", shards=4, tokens=200_000)
     print(f"seed {asked.seed}, {asked.kills} kills, {asked.steps} steps", flush=True)
