@@ -45,6 +45,8 @@ bench: java $(VENV)/.installed
 	$(BIN)/python benchmarks/diloco.py
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/planner.py
+	$(BIN)/python benchmarks/reader.py
+	$(BIN)/python benchmarks/waiting.py
 
 # Before anything else: pyspark without Java fails late and says JAVA_GATEWAY_EXITED.
 java:

@@ -128,10 +128,10 @@ def _first_line(error: ValidationError, model: type[BaseModel], where: str) -> s
 def _describe(error: Any, model: type[BaseModel], where: str) -> str:
     """One line for one pydantic error: file, key, what was wrong, what was found, what to do."""
     kind, location = error["type"], [part for part in error["loc"] if isinstance(part, str)]  # no places in lists
-    known = _keys(model)
+    known = _keys(model, lists=True)
     # A tagged union puts its tag into the location (strategy.distro.lr); the user never wrote it.
     key = ".".join(location)
-    if key not in known and len(location) > 2:
+    if key not in known and len(location) > 2 and ".".join(location[:2]) not in known:
         key = ".".join(location[:1] + location[2:])
     if kind == "extra_forbidden":
         return f"{where}: unknown key {key}{_did_you_mean(key, known)}"
@@ -159,15 +159,16 @@ def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:
     return f": did you mean {prefix}{near[0]}?" if near else "; see --help for all keys"
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a settings tree; a union of sections counts as the sum of its members."""
+def _keys(model: type[BaseModel], prefix: str = "", lists: bool = False) -> list[str]:
+    """Every dotted key of a settings tree; a union of sections counts as the sum of its members. A list of sections is
+    one key, as its sections are written whole; with ``lists``, the keys of these, too."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        # A list of sections is one key: its sections are written whole.
-        members = [field.annotation, *(get_args(field.annotation) if get_origin(field.annotation) is not tuple else ())]
+        is_list = get_origin(field.annotation) is tuple
+        members = [field.annotation, *(get_args(field.annotation) if lists or not is_list else ())]
         sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
         for section in sections:
-            keys += _keys(section, f"{prefix}{name}.")
-        if not sections:
+            keys += _keys(section, f"{prefix}{name}.", lists)
+        if is_list or not sections:
             keys.append(prefix + name)
     return keys

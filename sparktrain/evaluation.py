@@ -64,6 +64,11 @@ class Work(Section):
     rank: int = 0
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Where the split is."""
+        return self.data.path or ()
+
+    @property
     def num_sequences(self) -> int:
         """Of the whole split."""
         return sum(count_microshards(shard, self.data.sequence_length) for shard in self.shards)
@@ -109,11 +114,11 @@ class Evaluation:
         found = list(shares)
         tokens = sum(share.targets for share in found)
         if not tokens:
-            raise DataError(f"{work.data.path[0]} has no target, its labels leave all tokens out: use other data")
+            raise DataError(f"{work.places[0]} has no target, its labels leave all tokens out: use other data")
         loss = float(sum(Fraction(share.loss_sum) for share in found) / tokens)
         return cls(
             model=str(work.model),
-            data=work.data.path,
+            data=work.places,
             sequence_length=work.data.sequence_length,
             sequences=work.num_measured,
             of=work.num_sequences,

@@ -5,16 +5,18 @@
     run.json             driver   identity of the run; written once
     config.json          driver   resolved settings; ranks read them
     plan/*.parquet       driver   the plan (Spark); ranks read their rows
+    digests/*.u4         driver   what each sequence's bytes are (Spark); ranks compare as they read
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
     changes/             anyone   see changes.py
     gen/000001/          driver   one attempt; made by an atomic mkdir
-      rank-00000.pickle  rank     its result or failure (results.py)
+      rank-00000.pickle  rank     its result or failure (results/)
       exit-00000.json    task     how the rank's process ended, and its last lines
       heartbeat-00000.json  rank  where it is, every second or so, in place (heartbeat.py)
       over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
+      receipts-00000-000000100.parquet  rank   what it read for them (receipts.py)
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
@@ -43,6 +45,7 @@ from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
 from sparktrain.results import (
+    Asked,
     Outcome,
     RankFailure,
     RankResult,
@@ -66,6 +69,7 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
+        self.digests = self.path / "digests"
         self.model = self.path / "model"
         self.report = self.path / "report.html"
         self.checkpoints = Checkpoints(self.path)
@@ -179,6 +183,10 @@ class RunDir:
         """Have the tasks of an attempt kill its ranks."""
         write_json(self.over(generation), {"why": why})
 
+    def receipts(self, generation: int, rank: int, step: int) -> Path:
+        """What a rank read from the file before to ``step``."""
+        return self.generation(generation) / f"receipts-{rank:05d}-{step:09d}.parquet"
+
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())
 
@@ -216,7 +224,8 @@ class RunDir:
         for checkpoint in self.checkpoints.lineage(outcomes[0].resumed_from if outcomes else None):
             for rank in range(checkpoint.world):
                 earlier += read_records(self.records(checkpoint.generation, rank, checkpoint.step).read_bytes())
-        return RunResult.merge(str(self.path), outcomes, earlier)
+        spec = self.plan_spec()
+        return RunResult.merge(str(self.path), outcomes, earlier, [Asked(*one) for one in spec.asked] if spec else ())
 
     # -- a rank's side -------------------------------------------------------------------------------------------
 

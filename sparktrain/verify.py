@@ -7,6 +7,8 @@ from pathlib import Path
 import pyarrow.dataset as pads
 from pydantic import Field
 
+from sparktrain import receipts
+from sparktrain.checkpoints import Manifest, sha256_of
 from sparktrain.config import Section
 from sparktrain.errors import DataError, ModelError, SparktrainError
 from sparktrain.plan import Assignment, PlanSpec, rows
@@ -27,14 +29,16 @@ def verify(settings: Verify) -> Iterator[str]:
     """A line for each thing that was checked. Raises :class:`DataError` at the end where any was wrong."""
     directory, wrong = RunDir(settings.run_dir), 0
     directory.config()
-    for check in (_plan, _checkpoints, _history, _result):
+    for check in _CHECKS:
         try:
             yield f"ok     {check(directory)}"
         except SparktrainError as error:
             wrong += 1
             yield f"WRONG  {error}"
     if wrong:
-        raise DataError(f"{settings.run_dir}: {wrong} of 4 checks found something wrong, see the lines above")
+        raise DataError(
+            f"{settings.run_dir}: {wrong} of {len(_CHECKS)} checks found something wrong, see the lines above"
+        )
 
 
 def _plan(directory: RunDir) -> str:
@@ -75,9 +79,7 @@ def _checkpoints(directory: RunDir) -> str:
 
 def _history(directory: RunDir) -> str:
     """Along the chain of checkpoints, every rank of its time took every step once."""
-    names = directory.checkpoints.names()
-    chain = directory.checkpoints.lineage(names[0] if names else None)
-    done = 0
+    chain, done = _chain(directory), 0
     for checkpoint in chain:
         expected = range(done, checkpoint.step)
         for rank in range(checkpoint.world):
@@ -95,6 +97,35 @@ def _history(directory: RunDir) -> str:
     return f"history: {done:,} steps in {len(chain)} checkpoints of {attempts} attempts, each taken once"
 
 
+def _receipts(directory: RunDir) -> str:
+    """Every rank has receipts for the targets that it recorded, in files that are as they were committed."""
+    chain, targets = _chain(directory), Counter[tuple[int, int, int]]()
+    parts = {path: part for checkpoint in chain for path, part in checkpoint.parts.items()}
+    for number in sorted({checkpoint.generation for checkpoint in chain}):
+        for file in sorted(directory.generation(number).glob("receipts-*.parquet")):
+            part = parts.get(str(file.relative_to(directory.path)))
+            if part and sha256_of(file) != part.sha256:
+                raise DataError(f"receipts: {file} has another content than was written: restore it from a copy")
+            sums = receipts.read(file).group_by(["rank", "step"]).aggregate([("targets", "sum")])
+            for row in sums.to_pylist():
+                targets[number, row["rank"], row["step"]] += row["targets_sum"]
+    for checkpoint in chain:
+        for rank in range(checkpoint.world):
+            file = directory.records(checkpoint.generation, rank, checkpoint.step)
+            for _, record in read_records(file.read_bytes()):
+                if (said := targets[checkpoint.generation, rank, record.step]) != record.tokens:
+                    raise DataError(
+                        f"receipts: rank {rank} of attempt {checkpoint.generation} recorded {record.tokens} targets in "
+                        f"step {record.step}, its receipts say {said}: jobs/plan.py --audit tells more"
+                    )
+    return f"receipts: of {len(targets):,} steps of ranks, for every target; jobs/plan.py --audit compares them all"
+
+
+def _chain(directory: RunDir) -> list[Manifest]:
+    names = directory.checkpoints.names()
+    return directory.checkpoints.lineage(names[0] if names else None)
+
+
 def _result(directory: RunDir) -> str:
     """The ranks of the last attempt agree, and their steps follow on from the checkpoint they began at."""
     spec, result = directory.plan_spec(), directory.finished()
@@ -104,3 +135,6 @@ def _result(directory: RunDir) -> str:
     if steps != list(range(spec.steps)):
         raise DataError(f"result: {len(steps)} steps of {spec.steps}, or not each once")
     return f"result: {len(steps):,} steps, {len(result.ranks)} ranks, parameters {result.digest[:16]}"
+
+
+_CHECKS = (_plan, _checkpoints, _history, _receipts, _result)

@@ -74,6 +74,7 @@ def test_a_config_file_that_is_not_there(job: Job, tmp_path: Path) -> None:
             "launch.ranks is 3, but the cluster has 2 slots for barrier tasks: set launch.ranks to at most 2",
         ),
         (["--data.token-size", "3"], 2, "data.token_size"),
+        (["--data.sources", '{"name": "a", "path": "x"}'], 2, "data.path and data.sources are both given: leave one"),
         (["--data.window", "none"], 2, "data.window.*overlap1.*psyche"),
         (["--launch.launcher", "direct"], 2, "launch.launcher is direct, .* set launch.launcher to torchrun"),
         (["--model.architecture", "lama"], 2, "model.architecture 'lama' is unknown to transformers"),

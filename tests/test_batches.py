@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,28 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparktrain import cli, plan, tokens
-from sparktrain.config import RunConfig
+from sparktrain.config import Data, RunConfig
 from sparktrain.errors import DataError
-from sparktrain.plan import Assignment, PlanSpec
+from sparktrain.plan import Assignment, PlanSpec, Share
 from sparktrain.rundir import RunDir
+from sparktrain.tokens import ds
 from sparktrain.tokens.opened import Opened
+from sparktrain.tokens.sequences import IGNORED
+from sparktrain.tokens.sources.reach import known, opener
 from sparktrain.train import models
 from sparktrain.train.batch import Batch
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
-from tests.web import serve
+from tests.web import Web, serve
 
 
 @pytest.fixture
 def planned(data: Path, tmp_path: Path) -> tuple[RunDir, PlanSpec]:
     shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
     spec = PlanSpec(shards, sequence_length=32, total_batch=10, steps=40, seed=5)  # straddles an epoch
-    assert spec.num_epochs == 2
+    assert spec.epochs_begun == [2]
     write(tmp_path, plan.rows(spec, 0, spec.num_positions))
     return RunDir(tmp_path), spec
 
@@ -110,6 +114,110 @@ def test_a_slow_server_is_read_ahead_of_the_loop_and_gives_the_same_batches(
         assert len(web.asked) >= 3 + 5 + 10
         assert web.busiest > 1
         assert all(torch.equal(a.tokens, b.tokens) for a, b in zip([first, *batches], local, strict=True))
+
+
+def served(web: Web, spec: PlanSpec) -> PlanSpec:
+    """The same plan over the same shards, side files too, on ``web``."""
+    for shard in spec.shards:
+        for file in Path(shard.path).parent.glob(f"{Path(shard.path).name}*"):
+            web.files[f"/{file.name}"] = file.read_bytes()
+    return replace(spec, shards=tuple(replace(s, path=f"{web.url}/{Path(s.path).name}") for s in spec.shards))
+
+
+@pytest.mark.parametrize(("block", "world", "most"), [(1, 1, 40), (8, 1, 8), (8, 2, 10), (8, 3, 12)])
+def test_windows_that_follow_one_another_are_one_request(
+    planned: tuple[RunDir, PlanSpec], tmp_path: Path, block: int, world: int, most: int
+) -> None:
+    """40 windows of a step, shared by ranks: a block that ranks share is read by each of them."""
+    _, spec = planned
+    spec = replace(spec, total_batch=40, steps=6, block=block)
+    write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+    local = list(Batches(RunDir(tmp_path), spec, 0, 1))
+    with serve() as web:
+        there = served(web, spec)
+        rows = plan.rows(there, 0, there.num_positions)
+        write(tmp_path, rows)
+        shares = [list(Batches(RunDir(tmp_path), there, rank, world)) for rank in range(world)]
+        for step, whole in enumerate(local):
+            assert torch.equal(torch.cat([share[step].tokens for share in shares]), whole.tokens)
+        asked = sum(range_ != "bytes=0-0" for _, range_, _ in web.asked)
+    expected = 0
+    for step in range(6):
+        for rank in range(world):
+            first, last = plan.slots_of(rank, world, 40)
+            mine = {(row.path, row.start) for row in rows if row.step == step and first <= row.slot < last}
+            expected += sum((path, start - 32) not in mine for path, start in mine)
+    assert asked == expected <= 6 * most
+
+
+def test_shards_that_come_through_a_cache_give_the_same_batches(
+    planned: tuple[RunDir, PlanSpec], tmp_path: Path
+) -> None:
+    directory, spec = planned
+    local = list(Batches(directory, spec, 1, 2))
+    far = tuple(
+        replace(s, path=f"local://{s.path}", num_bytes=len(raw), sha256=sha256(raw).hexdigest())
+        for s in spec.shards
+        for raw in [Path(s.path).read_bytes()]
+    )
+    there = replace(spec, shards=far)
+    write(tmp_path, plan.rows(there, 0, there.num_positions))
+    open_ = opener(Data(cache_dir=tmp_path / "cache"), known(far))
+    found = list(Batches(RunDir(tmp_path), there, 1, 2, opener=open_, cached=True))
+    assert len(list((tmp_path / "cache").glob("*"))) == 3 + 1  # and a lock
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, local, strict=True))
+
+
+def test_joined_windows_keep_their_labels(tmp_path: Path) -> None:
+    tokens_ = np.random.default_rng(0).integers(0, 512, 1000)
+    ds.write(tmp_path / "a.ds", [tokens_], 512, "random")
+    (tmp_path / "a.ds.loss").write_bytes((tokens_ % 3 > 0).astype(np.uint8).tobytes())
+    spec = PlanSpec((tokens.inspect(str(tmp_path / "a.ds")),), 32, total_batch=31, steps=2, seed=5, block=7)
+    write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+    for step, batch in enumerate(Batches(RunDir(tmp_path), spec, 0, 1)):
+        starts = np.array([row.start for row in plan.rows(spec, 31 * step, 31 * step + 31)])
+        expected = tokens_[starts[:, None] + np.arange(33)]
+        assert batch.tokens.tolist() == expected.tolist()
+        assert batch.labels is not None
+        assert batch.labels.tolist() == np.where(expected % 3 > 0, expected, IGNORED).tolist()
+
+
+@pytest.mark.parametrize("block", [1, 9])
+def test_joined_rows_keep_their_documents_and_a_row_group_is_decoded_once(tmp_path: Path, block: int) -> None:
+    rng = np.random.default_rng(0)
+    ids, cuts = rng.integers(0, 512, (90, 33)), rng.integers(1, 33, 90)
+    lengths = [[cut, 33 - cut] if cut % 3 else [33] for cut in cuts.tolist()]
+    table = pa.table({"input_ids": list(ids), "sequence_lengths": lengths, "labels": list(ids)})
+    with serve() as web:
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
+        web.files["/a.parquet"] = (tmp_path / "a.parquet").read_bytes()
+        spec = PlanSpec((tokens.inspect(f"{web.url}/a.parquet"),), 32, total_batch=45, steps=2, seed=5, block=block)
+        write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+        web.asked.clear()
+        for step, batch in enumerate(Batches(RunDir(tmp_path), spec, 0, 1)):
+            rows = [row.microshard_id for row in plan.rows(spec, 45 * step, 45 * step + 45)]
+            assert batch.tokens.tolist() == ids[rows].tolist()
+            assert batch.position_ids is not None
+            expected = [[i for length in lengths[row] for i in range(length)] for row in rows]
+            assert batch.position_ids.tolist() == expected
+        parts = [range_ for _, range_, _ in web.asked if range_ != "bytes=0-0"]
+        assert len(parts) == len(set(parts))
+
+
+def test_ranges_cover_windows_once_whatever_joins_them() -> None:
+    rng = np.random.default_rng(0)
+    for length, most in ((33, 1), (33, 200), (32, 1 << 20)):
+        path, start = rng.integers(0, 3, 200), 32 * rng.integers(0, 90, 200)
+        at = np.arange(200)
+        share = Share(0, at, at, at, at, path, start, ["a", "b", "c"], length)
+        found = {}
+        for range_ in share.ranges(most):
+            assert range_.length <= max(most, length)
+            for place, offset in zip(range_.places, range_.offsets, strict=True):
+                found[place] = (range_.path, range_.start + offset)
+                assert 0 <= offset <= range_.length - length
+        assert found == {i: ("abc"[path[i]], start[i]) for i in range(200)}
+        assert [(row.path, row.start) for row in share.rows()] == [found[i] for i in range(200)]
 
 
 def test_a_reading_error_comes_at_its_batch_and_not_before(planned: tuple[RunDir, PlanSpec], tmp_path: Path) -> None:

@@ -320,12 +320,15 @@ def test_a_run_directory_is_verified_and_every_damage_found(
         "ok     plan",
         "ok     checkpoints",
         "ok     history",
+        "ok     receipts",
         "ok     result",
     ]
     wrong = {
         "plan.json": lambda text: text.replace(b'"seed": 5', b'"seed": 6'),
         f"checkpoints/{name_of(6, 2)}/model.safetensors": lambda content: content[:-1] + b"x",
         "gen/000002/records-00001-000000004.parquet": lambda content: write_records(1, []),
+        "gen/000002/receipts-00001-000000004.parquet": lambda content: content[:99] + b"x" + content[100:],
+        "gen/000001/receipts-00000-000000002.parquet": lambda content: b"",
         "gen/000002/rank-00002.pickle": lambda content: content[:-9],
     }
     for name, damage in wrong.items():

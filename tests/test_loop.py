@@ -14,11 +14,11 @@ from sparktrain import cli, plan, tokens
 from sparktrain.config import RunConfig, Train
 from sparktrain.plan import PlanSpec
 from sparktrain.results import StepRecord
+from sparktrain.results.windows import windows
 from sparktrain.rundir import RunDir
 from sparktrain.train import gradients, models
 from sparktrain.train.batch import Batch
 from sparktrain.train.evaluate import token_losses
-from sparktrain.windows import windows
 from tests.conftest import take_steps, tiny_argv
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparktrain.results import StepRecord
-from sparktrain.windows import table, windows
+from sparktrain.results.windows import table, windows
 from tests.test_results import record
 
 

@@ -5,7 +5,7 @@ command line, ``--help``) is ``cli.py``. A strategy's settings are one class of 
 under ``train/strategies``.
 """
 
-from sparktrain.config.data import Data, Skip
+from sparktrain.config.data import Data, DataSource, Skip
 from sparktrain.config.inner_loop import InnerLoop
 from sparktrain.config.run import Checkpoint, Common, Eval, Launch, Model, Run, RunConfig, Schedule, Train
 from sparktrain.config.section import Section
@@ -16,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "Common",
     "Data",
+    "DataSource",
     "Diloco",
     "Distro",
     "Eval",

@@ -40,7 +40,7 @@ class Model(Section):
     sizes: dict[str, Any] = {}
     """Fields of that model's Hugging Face config, such as hidden_size; vocab_size defaults to the tokenizer's."""
     tokenizer: Path | None = None
-    """Tokenizer directory, copied into the trained model; default: ../tokenizer beside data.path, if there."""
+    """Tokenizer directory, copied into the trained model; default: ../tokenizer beside the data, if there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

@@ -13,6 +13,7 @@ loader's whole state is one integer.
 
 from sparktrain.plan.mixture import Source
 from sparktrain.plan.order import Order
+from sparktrain.plan.share import Range, Share
 from sparktrain.plan.shuffle import Ints
 from sparktrain.plan.spec import Assignment, PlanSpec, rows, spread_windows, windows_at
 from sparktrain.plan.steps import runs_of_steps, slots_of
@@ -24,6 +25,8 @@ __all__ = [
     "Ints",
     "Order",
     "PlanSpec",
+    "Range",
+    "Share",
     "Source",
     "count_microshards",
     "rows",

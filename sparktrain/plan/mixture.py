@@ -5,6 +5,8 @@ evenly: so the share of a source in a batch never strays by more than a few sequ
 stray by the batch's square root. A source that is drawn from more often than it has microshards begins its next epoch.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -50,6 +52,20 @@ def draws_before(round_: tuple[Ints, Ints, Ints], place: int) -> list[int]:
     source, _, counts = round_
     number, within = divmod(place, len(source))
     return [int(n) for n in number * counts + np.bincount(source[:within], minlength=len(counts))]
+
+
+def places_before(round_: tuple[Ints, Ints, Ints], place: int) -> Ints:
+    """How many of the places before ``place`` draw from each source."""
+    source, _, counts = round_
+    number, within = divmod(place, len(source))
+    return number * np.bincount(source, minlength=len(counts)) + np.bincount(source[:within], minlength=len(counts))
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """``weights``, of which one is above 0, as parts of one."""
+    largest = max(weights)  # so that their sum is finite
+    total = math.fsum(weight / largest for weight in weights)
+    return [weight / largest / total for weight in weights]
 
 
 @lru_cache(maxsize=4)

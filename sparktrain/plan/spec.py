@@ -173,11 +173,33 @@ class PlanSpec:
         place = int(skip.places_of(self.skipped_places, np.array([position - 1]))[0]) + 1
         return mixture.draws_before(self.mixture, place) if self.mixed else [place]
 
+    def sources_of(self, position: Ints) -> Ints:
+        """The source of each position."""
+        return self.draws(skip.places_of(self.skipped_places, position))[0]
+
+    @cached_property
+    def sequences_of_sources(self) -> list[int]:
+        """How many sequences of each source are trained on."""
+        if not self.mixed:
+            return [self.num_positions]
+        last = int(skip.places_of(self.skipped_places, np.array([self.num_positions - 1]))[0])
+        ranges = [(0, last + 1), *((a, b) for a, b in self.skipped_places if a <= last)]
+        whole, *passed = [
+            mixture.places_before(self.mixture, b) - mixture.places_before(self.mixture, a) for a, b in ranges
+        ]
+        return [int(n) for n in whole - sum(passed)]
+
     @property
-    def num_epochs(self) -> int:
-        """Epochs begun, of the source that begins most."""
+    def asked(self) -> tuple[tuple[str, float, int], ...]:
+        """What is asked of each source of a mixture."""
+        pairs = zip(self.sources, self.orders, strict=True) if self.mixed else ()
+        return tuple((source.name, source.weight, order.kept) for source, order in pairs)
+
+    @property
+    def epochs_begun(self) -> list[int]:
+        """Of each source."""
         drawn = self.draws_before(self.num_positions)
-        return max(-(-count // order.kept) for count, order in zip(drawn, self.orders, strict=True))
+        return [-(-count // order.kept) for count, order in zip(drawn, self.orders, strict=True)]
 
     # -- as a file -----------------------------------------------------------------------------------------------
 

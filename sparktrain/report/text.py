@@ -2,7 +2,7 @@
 
 import math
 
-from sparktrain.results import RunResult
+from sparktrain.results import RunResult, shares
 
 
 def run_text(result: RunResult) -> str:
@@ -11,13 +11,14 @@ def run_text(result: RunResult) -> str:
     first, last = (math.nan if s[f"loss_{end}"] is None else s[f"loss_{end}"] for end in ("first", "last"))
     before, after = s["heldout_loss_before"], s["heldout_loss_after"]
     held = f"held-out loss {before:.4f} -> {after:.4f}\n" if before is not None else ""
+    sources = "".join(f"source        {line}\n" for line in shares.lines(s["sources"]))
     digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
     skipped = f", {s['skipped_steps']} skipped for a loss that is no number" if s["skipped_steps"] else ""
     return (
         f"{s['steps']} steps{skipped}, {s['tokens']:,} tokens, {s['world_size']} ranks, "
         f"{s['num_parameters']:,} parameters\n"
         f"loss          {first:.4f} -> {last:.4f}\n"
-        f"{held}"
+        f"{held}{sources}"
         f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
         f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"
         f"bytes         payload {s['payload_bytes']:,}, sent {s['bytes_sent']:,}, received {s['bytes_received']:,} "

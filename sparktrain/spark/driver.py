@@ -1,6 +1,7 @@
 """A run from the driver: check everything, write the plan, start the ranks, merge what they hand back."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,11 @@ from sparktrain.changes import Changes
 from sparktrain.config import RunConfig
 from sparktrain.errors import Changed, DataError, LaunchError
 from sparktrain.plan import PlanSpec
-from sparktrain.results import RankResult, RunResult
+from sparktrain.results import Asked, RankResult, RunResult, shares
 from sparktrain.rundir import RunDir
-from sparktrain.spark import index, launch, planner, preflight, sanity, task
-from sparktrain.tokens import check_alike, locate_shards
+from sparktrain.spark import digesting, index, launch, planner, preflight, sanity, task
+from sparktrain.tokens import Shard
 from sparktrain.tokens.sources import is_local
-from sparktrain.tokens.sources.reach import opener
 
 _ATTEMPTS_WITHOUT_PROGRESS = 3
 
@@ -29,18 +29,29 @@ class Prepared:
     spec: PlanSpec
     model: dict[str, Any]
 
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """What is planned of each source of a mixture."""
+        sequences = self.spec.sequences_of_sources if self.spec.mixed else []
+        return shares.given(
+            [Asked(*one) for one in self.spec.asked], sequences, [n * (self.spec.window_length - 1) for n in sequences]
+        )
+
     def describe(self) -> str:
         """Rows, tokens, steps, and bytes per strategy, for people."""
         spec, launch_, world = self.spec, self.config.launch, self.config.launch.ranks
         batches = " to ".join(str(stretch.batch) for stretch in spec.stretches)
+        sharded = self.config.data.pipeline == "sharded"
+        where = f"{len(spec.shards)} shards" if sharded else f"{spec.shards[0].format} {spec.shards[0].path}"
         lines = [
             f"model      {self.config.model.architecture}, {self.model['num_parameters']:,} parameters, "
             f"vocabulary {self.model['vocab_size']:,}",
-            f"data       {len(spec.shards)} shards, {sum(s.num_tokens for s in spec.shards):,} tokens, "
+            f"data       {where}, {sum(s.num_tokens for s in spec.shards):,} tokens, "
             f"{spec.num_microshards:,} sequences of {spec.sequence_length}",
             f"plan       {spec.num_positions:,} rows: {spec.steps:,} steps of {batches} sequences, "
             f"{spec.num_positions * (spec.window_length - 1):,} tokens, "
             f"{spec.num_positions / sum(order.kept for order in spec.orders):.2f} epochs",
+            *(f"source     {line}" for line in shares.lines(self.sources)),
             f"ranks      {world}, {launch_.mode}, {launch_.threads} threads each",
         ]
         ring = max(1, int(self.model["traffic"]["adamw"]["bytes_received"]))
@@ -69,11 +80,18 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
         directory.check(config)
         if finished := directory.finished():
             return finished
-        prepared = _prepare_again(spark, config)
-        directory.claim(config)
-        planner.write_plan(spark, prepared.spec, directory)
-        print(prepared.describe(), *Changes(directory.path).describe(), sep="\n", flush=True)
+        print(_write_plan(spark, config, directory), *Changes(directory.path).describe(), sep="\n", flush=True)
         return _train(spark, config, directory)
+
+
+def plan(spark: SparkSession, config: RunConfig) -> Iterator[str]:
+    """Everything :func:`run` checks, and the plan, left in the run directory for a run to begin with; lines of text."""
+    config = preflight.resolve(spark, config)
+    directory = RunDir(config.run.dir)
+    with directory.lock():
+        directory.check(config)
+        yield _write_plan(spark, config, directory)
+        yield f"written to {directory.plan}"
 
 
 def dry_run(spark: SparkSession, config: RunConfig) -> str:
@@ -85,6 +103,15 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
         prepared = _prepare(spark, config)
         first = planner.plan_frame(spark, prepared.spec).limit(5).toArrow()
     return f"{prepared.describe()}\nfirst rows of the plan:\n{_table(first)}"
+
+
+def _write_plan(spark: SparkSession, config: RunConfig, directory: RunDir) -> str:
+    prepared = _prepare_again(spark, config)
+    directory.claim(config)
+    if directory.plan_spec() != prepared.spec:
+        digesting.write_digests(spark, prepared.spec, config.data, directory.digests)
+        planner.write_plan(spark, prepared.spec, directory)
+    return prepared.describe()
 
 
 def _prepare_again(spark: SparkSession, config: RunConfig) -> Prepared:
@@ -104,16 +131,13 @@ def _prepare_again(spark: SparkSession, config: RunConfig) -> Prepared:
 
 
 def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
-    data, shards = config.data, {}
-    places = {"data.path": data.path, **({"data.heldout": data.heldout} if data.heldout else {})}
-    located = {setting: locate_shards(where, opener(data, {})) for setting, where in places.items()}
-    local = [next(iter(found)) for found in located.values() if is_local(next(iter(found)))]
+    data = config.data
+    located = index.locate(data)
+    local = [first for found in located.values() if is_local(first := next(iter(found)))]
     model = preflight.check_executors(spark, config, local)
-    for setting, found in located.items():
-        shards[setting] = index.index_shards(spark, found, data)
-        index.check_shards(shards[setting], data, model["vocab_size"], setting)
-    check_alike([shard for indexed in shards.values() for shard, _ in indexed])
-    return Prepared(config, planner.spec_of(config, [shard for shard, _ in shards["data.path"]]), model)
+    shards = index.read_shards(spark, located, data, model["vocab_size"])
+    sources = [shards[setting] for setting in data.trained_on] or [[Shard.from_json(model["dataset"])]]
+    return Prepared(config, planner.spec_of(config, *sources), model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:

@@ -35,7 +35,7 @@ def evaluate(spark: SparkSession, settings: Evaluate) -> Evaluation:
     model = trained.find(settings.model)
     values = _config_of(model.directory)
     data = _data_of(settings, model, values)
-    located = tokens.locate_shards(data.path, opener(data, {}))
+    located = tokens.locate_shards(data.path or (), opener(data, {}))
     open_ = opener(data, located)
     shards = [tokens.inspect(path, data.token_size, open_, known) for path, known in located.items()]
     # Token ids are compared with the vocabulary where they are read, which is for the first time by the model.

@@ -17,7 +17,7 @@ from sparktrain.errors import DataError
 from sparktrain.plan import count_microshards, window_length
 from sparktrain.tokens import Known, Shard
 from sparktrain.tokens.source import Opener
-from sparktrain.tokens.sources import open_source, reach
+from sparktrain.tokens.sources import open_source, reach, sha256_of
 
 _INSPECTED = pa.schema(
     [
@@ -30,8 +30,41 @@ _INSPECTED = pa.schema(
 )
 # Tokens looked at in one piece while a shard is checked: 32 MiB as int64.
 _SCAN = 1 << 22
-# Bytes hashed in one piece.
-_HASHED = 8 << 20
+
+
+def locate(data: Data) -> dict[str, dict[str, Known]]:
+    """The shards that ``data`` names, by the setting that names them: each source's, and the held-out ones.
+
+    Raises :class:`DataError` where there are none, and for one that two sources have.
+    """
+    opener, located, owners = reach.opener(data, {}), {}, dict[str, str]()
+    for setting, where in {**data.trained_on, **({"data.heldout": data.heldout} if data.heldout else {})}.items():
+        try:
+            located[setting] = tokens.locate_shards(where, opener)
+        except DataError as error:
+            raise DataError(f"{setting}: {error}") from None
+    for setting in data.trained_on:
+        for path in located[setting]:
+            if (owner := owners.setdefault(path, setting)) != setting:
+                raise DataError(f"shard {path} is in {owner} and in {setting}: leave it in one of them")
+    return located
+
+
+def read_shards(
+    spark: SparkSession, located: Mapping[str, Mapping[str, Known]], data: Data, vocab_size: int
+) -> dict[str, list[Shard]]:
+    """What :func:`locate` found, read and checked: all sources in one job, as none may have the tokens of another.
+
+    Raises like :func:`index_shards` and :func:`check_shards`.
+    """
+    read: dict[str, tuple[Shard, int]] = {}
+    for settings in (data.trained_on.keys(), located.keys() - data.trained_on.keys()):
+        if together := {path: known for setting in settings for path, known in located[setting].items()}:
+            read |= {shard.path: (shard, largest) for shard, largest in index_shards(spark, together, data)}
+    for setting, paths in located.items():
+        check_shards([read[path] for path in paths], data, vocab_size, setting)
+    tokens.check_alike([shard for shard, _ in read.values()])
+    return {setting: [read[path][0] for path in paths] for setting, paths in located.items()}
 
 
 def index_shards(spark: SparkSession, located: Mapping[str, Known], data: Data) -> list[tuple[Shard, int]]:
@@ -97,7 +130,7 @@ def _inspect(data: Data, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Recor
                 shard = tokens.inspect(path, data.token_size, opener, located[path])
                 max_token, digest, found = _read(shard, opener)
                 if not found and (shard.sha256 or data.cache_dir):
-                    found = _hash(shard, opener)
+                    found = sha256_of(path, shard.num_bytes, opener)
                 if shard.sha256 not in ("", found):
                     raise DataError(
                         f"shard {path} has sha256 {found}, its manifest says {shard.sha256}: it was changed or "
@@ -137,14 +170,6 @@ def _read(shard: Shard, opener: Opener) -> tuple[int, str, str]:
         if bare:
             stored.update(piece.astype(f"<u{shard.token_size}").data)
     return largest, digest.hexdigest(), stored.hexdigest() if bare else ""
-
-
-def _hash(shard: Shard, opener: Opener) -> str:
-    source, hashed = open_source(shard.path, opener), sha256()
-    for offset in range(0, shard.num_bytes, _HASHED):
-        hashed.update(source.read(offset, min(_HASHED, shard.num_bytes - offset)))
-    source.close()
-    return hashed.hexdigest()
 
 
 def _first_at_least(shard: Shard, limit: int, opener: Opener) -> tuple[int, int]:

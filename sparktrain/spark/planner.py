@@ -7,6 +7,7 @@ output is in step order without a shuffle or a sort.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from pyspark.sql import functions as F
 
 from sparktrain.config import RunConfig, Skip
 from sparktrain.errors import ConfigError, DataError
-from sparktrain.plan import PlanSpec, psyche, skip, slots_of, stride_of
+from sparktrain.plan import PlanSpec, Source, psyche, skip, slots_of, stride_of
+from sparktrain.plan.mixture import normalised
 from sparktrain.rundir import RunDir
 from sparktrain.spark.ordering import microshards
 from sparktrain.tokens import Shard
@@ -26,11 +28,14 @@ _MOST_JUMPS = 100
 _MOST_EPOCHS = 10_000
 
 
-def spec_of(config: RunConfig, shards: Sequence[Shard]) -> PlanSpec:
-    """The plan that ``config`` asks for of ``shards``. Raises where what is to be skipped is not there, or is all."""
-    data = config.data
+def spec_of(config: RunConfig, *sources: Sequence[Shard]) -> PlanSpec:
+    """The plan that ``config`` asks for of the shards of each source, in the order of ``config.data.trained_on``.
+
+    Raises where what is to be skipped is not there, or is all of a source.
+    """
+    data, of_source = config.data, list(config.data.trained_on)
     spec = PlanSpec(
-        shards=tuple(shards),
+        shards=tuple(chain.from_iterable(sources)),
         sequence_length=data.sequence_length,
         total_batch=config.train.total_batch,
         steps=config.train.steps,
@@ -41,9 +46,14 @@ def spec_of(config: RunConfig, shards: Sequence[Shard]) -> PlanSpec:
         psyche_seed=(data.psyche_seed or psyche.seed_bytes(config.run.seed).hex()) if data.order == "psyche" else "",
         ramp=config.train.batch_ramp,
     )
-    spec = replace(spec, skipped=skip.merge(_sequences(spec, entry) for entry in data.skip if entry.shard))
-    if any(order.kept == 0 for order in spec.orders):
-        raise DataError(f"data.skip names all {spec.num_microshards} sequences of data.path: leave some to train on")
+    if len(sources) > 1:
+        named = zip(data.mixed, sources, strict=True)
+        spec = replace(spec, sources=tuple(Source(s.name, len(shards), s.weight or 0.0) for s, shards in named))
+    spec = replace(spec, skipped=skip.merge(_sequences(spec, entry, of_source) for entry in data.skip if entry.shard))
+    for setting, order in zip(of_source, spec.orders, strict=True):
+        if order.kept == 0:
+            raise DataError(f"data.skip names all {order.n} sequences of {setting}: leave some to train on")
+    spec = replace(spec, sources=_weighed(spec))
     for entry in data.skip:
         if entry.steps:
             first, last = (spec.first_position(step) for step in entry.steps)
@@ -52,20 +62,33 @@ def spec_of(config: RunConfig, shards: Sequence[Shard]) -> PlanSpec:
             spec = replace(spec, skipped_places=skip.merge([*spec.skipped_places, place]))
     if len(spec.skipped_places) > _MOST_JUMPS:
         raise ConfigError(f"data.skip passes over more than {_MOST_JUMPS} ranges of steps: join some of them")
-    if spec.num_epochs > _MOST_EPOCHS:
-        raise ConfigError(
-            f"{spec.steps:,} steps of train.total_batch {spec.total_batch:,} are {spec.num_epochs:,} epochs of the "
-            f"{spec.num_microshards:,} sequences of data.path, more than {_MOST_EPOCHS:,}: lower train.steps or "
-            "train.total_batch, or give more data"
-        )
+    for setting, order, epochs in zip(of_source, spec.orders, spec.epochs_begun, strict=True):
+        if epochs > _MOST_EPOCHS:
+            raise ConfigError(
+                f"{spec.steps:,} steps of train.total_batch {spec.total_batch:,} are {epochs:,} epochs of the "
+                f"{order.kept:,} sequences of {setting}, more than {_MOST_EPOCHS:,}: lower train.steps, "
+                f"train.total_batch{' or its weight' if spec.mixed else ''}, or give more data"
+            )
     return spec
 
 
-def _sequences(spec: PlanSpec, entry: Skip) -> tuple[int, int]:
+def _weighed(spec: PlanSpec) -> tuple[Source, ...]:
+    """The sources of ``spec`` with their parts of all sequences: by their weights or, without any, by their length."""
+    if not spec.mixed:
+        return ()
+    weights = [source.weight for source in spec.sources]
+    parts = normalised(weights if any(weights) else [order.kept for order in spec.orders])
+    return tuple(replace(source, weight=part) for source, part in zip(spec.sources, parts, strict=True))
+
+
+def _sequences(spec: PlanSpec, entry: Skip, of_source: list[str]) -> tuple[int, int]:
     """The microshards that ``entry`` names."""
-    named = [i for i, shard in enumerate(spec.shards) if entry.shard in (shard.path, shard.path.rsplit("/", 1)[-1])]
+    named = [i for i, shard in enumerate(spec.shards) if f"/{shard.path}".endswith(f"/{entry.shard}")]
     if len(named) != 1:
-        raise DataError(f"data.skip names shard {entry.shard}, of which data.path has {len(named)}: expected one")
+        raise DataError(
+            f"data.skip names shard {entry.shard}, of which {', '.join(of_source)} has {len(named)}: expected one"
+            + (", say more of its path" if named else "")
+        )
     first, end = (int(n) for n in spec.first_microshards[named[0] : named[0] + 2])
     begin, last = entry.sequences or (0, end - first)
     if last > end - first:
@@ -75,9 +98,9 @@ def _sequences(spec: PlanSpec, entry: Skip) -> tuple[int, int]:
 
 def plan_frame(spark: SparkSession, spec: PlanSpec) -> DataFrame:
     """The whole plan, one row per position and in that order: the columns of :class:`sparktrain.plan.Assignment`."""
-    located = _locate(spark, microshards(spark, spec), spec)
+    frame = located(spark, microshards(spark, spec), spec)
     step, slot = _step_and_slot(spec)
-    return located.select(
+    return frame.select(
         step.alias("step"),
         slot.cast("int").alias("slot"),
         "pos",
@@ -113,7 +136,7 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int, weigh
             f"world_size is {world_size}: expected 1 to train.total_batch {spec.smallest_batch} (the least of its ramp)"
         )
     by_step = [(stretch.first_step, _rank(world_size, stretch.batch, weights)) for stretch in spec.stretches]
-    return spark.read.parquet(_literal(directory.plan)).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
+    return spark.read.parquet(literal(directory.plan)).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
 
 
 def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
@@ -124,7 +147,7 @@ def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
     return _piecewise(F.col("slot"), firsts)
 
 
-def _literal(path: Path) -> str:
+def literal(path: Path) -> str:
     """``path`` for Spark's readers, which take ``[1]`` for a pattern; they do not know percent-encoding."""
     return "file://" + re.sub(r"([][{}*?\\])", r"\\\1", str(path))
 
@@ -148,7 +171,7 @@ def _piecewise(value: Column, pieces: list[tuple[int, Column]]) -> Column:
     return chosen
 
 
-def _locate(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
+def located(spark: SparkSession, frame: DataFrame, spec: PlanSpec) -> DataFrame:
     """Add the shard's ``path``, ``stride`` and ``first`` microshard to rows with a ``microshard_id``.
 
     An equality join on buckets of microshards: a range join would compare every row with every shard.

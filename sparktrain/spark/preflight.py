@@ -148,18 +148,17 @@ def import_path() -> tuple[str, ...]:
 
 def _absolute(data: Data) -> dict[str, Any]:
     """The places in ``data`` for other processes. Raises :class:`DataError` for a URI of no kind that is known."""
-    named = {"path": data.path, "heldout": data.heldout, "mirrors": data.mirrors}
-    found: dict[str, Any] = {name: [absolute(p) for p in places] for name, places in named.items() if places}
+    found = data.placed(absolute)
     roots = found.get("mirrors", [])
-    outside = [p for p in found["path"] if not any(f"{p}/".startswith(f"{root.rstrip('/')}/") for root in roots)]
-    if roots and (outside or len(roots) == 1):
+    read = [(setting, absolute(p)) for setting, places in data.trained_on.items() for p in places]
+    outside = [at for at in read if not any(f"{at[1]}/".startswith(f"{root.rstrip('/')}/") for root in roots)]
+    useless = outside == read if data.sources else outside  # of several sources, some may have no mirrors
+    if roots and (useless or len(roots) == 1):
         raise ConfigError(
-            f"data.mirrors are {', '.join(roots)}, which are no mirrors for data.path {(outside or found['path'])[0]}: "
-            "give two roots or more, one of them the one that data.path is under"
+            f"data.mirrors are {', '.join(roots)}, which are no mirrors for {' '.join((outside or read)[0])}: "
+            "give two roots or more, one of them the one that it is under"
         )
-    if data.cache_dir:
-        found["cache_dir"] = str(data.cache_dir.absolute())
-    return found
+    return found | ({"cache_dir": str(data.cache_dir.absolute())} if data.cache_dir else {})
 
 
 def _program(settings: InnerLoop) -> dict[str, Any]:

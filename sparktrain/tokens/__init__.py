@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,8 @@ def check_alike(shards: Sequence[Shard]) -> None:
         if len(found) > 1:
             (a, first), (b, second) = list(found.items())[:2]
             raise DataError(
-                f"shards {first} and {second} differ in their {what}, {a} and {b}: keep them in different directories"
+                f"shards {first} and {second} differ in their {what}, {a} and {b}: train on what one tokenizer made "
+                "(jobs/tokenize.py --tokenizer)"
             )
 
 
@@ -121,15 +123,21 @@ class TokenFile:
         masked = "labels" in shard.columns and not rows
         self._mask = open_source(f"{shard.path}.loss", open_if_there) if masked else None
         self._ends: Ints | None = None
+        self.dtype = np.dtype(f"<{'i' if shard.signed else 'u'}{shard.token_size}")
+        # Tokens one after the other and nothing else: what stored() can read.
+        self.bare = not rows and not masked
+
+    def stored(self, start: int, length: int) -> bytes:
+        """Tokens [start, start + length) as they are stored, of type ``dtype``; of a file that is ``bare``."""
+        size = self.dtype.itemsize
+        return self._source.read(self.shard.offset + start * size, length * size)
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Tokens [start, start + length), as int64 ``[length]``; of rows, whole ones."""
         self._check_rows(start, length)
         if self._rows:
             return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length).tokens
-        size = self.shard.token_size
-        raw_ = self._source.read(self.shard.offset + start * size, length * size)
-        return np.frombuffer(raw_, dtype=f"<{'i' if self.shard.signed else 'u'}{size}").astype(np.int64)
+        return np.frombuffer(self.stored(start, length), dtype=self.dtype).astype(np.int64)
 
     def window(self, start: int, length: int, documents: bool = True) -> Window:
         """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents; those
@@ -146,6 +154,14 @@ class TokenFile:
             labels = np.where(mask == 1, tokens, IGNORED)
         lengths = pieces(self.document_ends(), start, length) if documents and self.shard.num_documents else None
         return Window(tokens, labels, None, lengths)
+
+    def digest_of(self, window: Window) -> int:
+        """crc32 of a window of this file: of the bytes as they are stored, where these are tokens and nothing else; or
+        of all numbers (:meth:`Window.digest`)."""
+        if self._rows or self._mask:
+            return window.digest()
+        kind = f"<{'i' if self.shard.signed else 'u'}{self.shard.token_size}"
+        return crc32(window.tokens.astype(kind).data)
 
     def document_ends(self) -> Ints:
         """Ends of the documents in tokens, exclusive; empty where no boundaries are known."""

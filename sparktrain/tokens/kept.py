@@ -32,6 +32,14 @@ class Kept(Generic[Owner, Value]):
                 self._values.popitem(last=False)
         return value
 
+    def find(self, owner: Owner, i: int) -> Value | None:
+        """The value ``i`` of ``owner`` if it is there."""
+        with self._lock:
+            if (owner, i) not in self._values:
+                return None
+            self._values.move_to_end((owner, i))
+            return self._values[owner, i][1]
+
     def drop(self, owner: Owner) -> None:
         """Forget what is ``owner``'s."""
         with self._lock:

@@ -122,11 +122,14 @@ class Rows:
         self._file.close()
 
     def _group(self, i: int) -> _Group:
-        return self._kept.get(self, i, lambda: self._decode(i), _size)
+        if found := self._kept.find(self, i):
+            return found
+        with self._lock:  # who waits for it finds what who held it has decoded
+            return self._kept.get(self, i, lambda: self._decode(i), _size)
 
     def _decode(self, i: int) -> _Group:
         shard = self._shard
-        with self._lock, _in_one_line(shard.path):
+        with _in_one_line(shard.path):
             # One thread: ranks have their cores for training, and a source may be read by one of ours only.
             table = self._file.read_row_group(i, columns=[self._column, *shard.columns], use_threads=False)
         group = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,14 @@ class Window:
     position_ids: Ints | None = None
     sequence_lengths: Ints | None = None
 
+    def digest(self) -> int:
+        """crc32 of all its numbers as little-endian int64: tokens, and what came with them."""
+        found = 0
+        for numbers in (self.tokens, self.labels, self.position_ids, self.sequence_lengths):
+            if numbers is not None:
+                found = crc32(np.ascontiguousarray(numbers, dtype="<i8").data, found)
+        return found
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -44,6 +53,12 @@ class Sequences:
     labels: Ints | None
     position_ids: Ints | None
     sequence_lengths: list[Ints] | None
+
+    def digests(self) -> list[int]:
+        """:meth:`Window.digest` of each."""
+        columns = (self.tokens, self.labels, self.position_ids, self.sequence_lengths)
+        rows = ([None] * len(self.tokens) if column is None else column for column in columns)
+        return [Window(*row).digest() for row in zip(*rows, strict=True)]
 
     @property
     def num_targets(self) -> int:

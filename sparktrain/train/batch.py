@@ -38,9 +38,14 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
+        return int(self.targets_of_rows.sum())
+
+    @property
+    def targets_of_rows(self) -> torch.Tensor:
+        """``[n]`` int64."""
         if self.labels is None:
-            return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
-        return int((self.labels[:, 1:] != IGNORED).sum())
+            return torch.full((self.tokens.shape[0],), self.tokens.shape[1] - 1)
+        return (self.labels[:, 1:] != IGNORED).sum(1)
 
     def arrays(self) -> "dict[str, np.ndarray[Any, Any]]":
         """What there is of it, by name."""

@@ -12,6 +12,7 @@ tree is JSON in the file's header: nothing is pickled.
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sparktrain import failpoints
 from sparktrain.checkpoints import Manifest, Part, name_of, parts_of
 from sparktrain.config import RunConfig
 from sparktrain.errors import LaunchError, ModelError, Superseded
+from sparktrain.receipts import Receipt, Receipts
 from sparktrain.results import StepRecord, write_records
 from sparktrain.rundir import RunDir
 from sparktrain.train import models
@@ -35,7 +37,8 @@ from sparktrain.train.world import World
 class Checkpointer:
     """Saves checkpoints of attempt ``generation``, which began from ``start``; close it, or use it in ``with``.
 
-    ``values`` are plain values that every checkpoint carries.
+    ``values`` are plain values that every checkpoint carries. What is entered in ``receipts`` becomes a part of the
+    next checkpoint, or a file of its own at the end.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Checkpointer:
     ) -> None:
         self._directory, self._config, self._world, self._generation = directory, config, world, generation
         self._values, self._last = values, start
+        self.receipts = Receipts(generation, world.rank, partial(directory.receipts, generation, world.rank))
         self._first_record = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -60,6 +64,7 @@ class Checkpointer:
         self._thread.shutdown(wait=True, cancel_futures=failed[0] is not None)
         if failed[0] is None:
             self.wait()
+            self.receipts.write()
 
     def save(self, step: int, model: PreTrainedModel, strategy: Strategy, records: list[StepRecord]) -> None:
         """Save what the run is after ``step`` steps. Every rank calls it at the same step.
@@ -79,7 +84,7 @@ class Checkpointer:
         packed = {file: pack(tree) for file, tree in trees.items()}
         new, self._first_record = records[self._first_record :], len(records)
         failpoints.reach("checkpoint.copied", rank=self._world.rank, step=step, generation=self._generation)
-        self._writing = self._thread.submit(self._write, step, model, weights, packed, new)
+        self._writing = self._thread.submit(self._write, step, model, weights, packed, new, self.receipts.take())
 
     def wait(self) -> None:
         """Until the checkpoint being written is there."""
@@ -101,6 +106,7 @@ class Checkpointer:
         weights: dict[str, Tensor],
         packed: Mapping[str, tuple[dict[str, Tensor], str]],
         records: list[StepRecord],
+        receipts: tuple[list[Receipt], list[Path]],
     ) -> None:
         files, rank = self._directory.checkpoints, self._world.rank
         name, at = name_of(step, self._generation), {"rank": rank, "step": step, "generation": self._generation}
@@ -115,6 +121,11 @@ class Checkpointer:
             parts |= files.write_part(here / file, content, self._last)
         rows = self._directory.records(self._generation, rank, step)
         parts |= files.write_part(rows, write_records(rank, records), None)
+        given, written = receipts
+        parts |= files.write_part(
+            self._directory.receipts(self._generation, rank, step), self.receipts.content(given), None
+        )
+        parts |= parts_of(files.run_dir, written)
         files.seal(name, rank, parts)
         failpoints.reach("checkpoint.parts", **at)
         if rank == 0:

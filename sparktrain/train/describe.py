@@ -1,5 +1,6 @@
 """What training a config would need, without weights: asked by the driver of an executor, through the door."""
 
+from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
@@ -7,15 +8,15 @@ from transformers import AutoModelForCausalLM
 
 from sparktrain.config import RunConfig, Strategy
 from sparktrain.errors import ConfigError, ModelError
-from sparktrain.train import sanity
+from sparktrain.train import pipelines, sanity
 from sparktrain.train.models import model_config
 from sparktrain.train.strategies import STRATEGIES
 from sparktrain.train.world import start_world
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
-    """``num_parameters``, ``vocab_size``, ``max_positions``, per strategy the ``traffic`` of one step and rank, and
-    what this machine is found to be (``sanity``).
+    """``num_parameters``, ``vocab_size``, ``max_positions``, per strategy the ``traffic`` of one step and rank, what
+    this machine is found to be (``sanity``), and for data that is not in shards what stands for them, ``dataset``.
 
     Strategies other than the chosen one are taken with their default settings. Raises like
     :func:`sparktrain.train.models.model_config` and :func:`sparktrain.train.sanity.look`.
@@ -35,6 +36,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
         looked = sanity.look(config, model, kind, here)
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
     sections = {section().kind: section() for section in get_args(Strategy)} | {config.strategy.kind: config.strategy}
+    pipeline = pipelines.made(config, hf_config.vocab_size)
     world, element = config.launch.ranks, getattr(torch, config.model.dtype).itemsize
     return {
         "sanity": looked,
@@ -45,4 +47,5 @@ def describe(config: RunConfig) -> dict[str, Any]:
             name: vars(kind.traffic_per_step(shapes, sections[name], world, element))
             for name, kind in STRATEGIES.items()
         },
+        **({"dataset": asdict(pipeline.shard)} if pipeline else {}),
     }

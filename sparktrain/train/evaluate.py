@@ -26,15 +26,21 @@ from sparktrain.train.batch import Batch, check_separates, logits
 from sparktrain.train.world import World
 
 
-def token_losses(model: PreTrainedModel, batch: Batch, autocast: str = "none") -> torch.Tensor:
-    """Sum of the cross-entropy in nats over the targets of ``batch``, a float32 scalar."""
+def sequence_losses(model: PreTrainedModel, batch: Batch, autocast: str = "none") -> torch.Tensor:
+    """``[M_]`` float32: the sum of the cross-entropy in nats over the targets of each sequence of ``batch``."""
     tokens_ML, positions_ML = batch.tokens, batch.position_ids
     labels_ML = tokens_ML if batch.labels is None else batch.labels
     low_precision = torch.autocast(tokens_ML.device.type, dtype=torch.bfloat16)
     with low_precision if autocast == "bfloat16" else contextlib.nullcontext():
         logits_MSV = logits(model, tokens_ML[:, :-1], None if positions_ML is None else positions_ML[:, :-1])
     targets = labels_ML[:, 1:].flatten()
-    return F.cross_entropy(logits_MSV.float().flatten(0, 1), targets, reduction="sum", ignore_index=IGNORED)
+    losses = F.cross_entropy(logits_MSV.float().flatten(0, 1), targets, reduction="none", ignore_index=IGNORED)
+    return losses.view(len(tokens_ML), -1).sum(1)
+
+
+def token_losses(model: PreTrainedModel, batch: Batch, autocast: str = "none") -> torch.Tensor:
+    """The same over all of ``batch``, a float32 scalar."""
+    return sequence_losses(model, batch, autocast).sum()
 
 
 @torch.no_grad()
@@ -107,7 +113,7 @@ def measure(work: Work) -> Share:
             checked = True
         if (largest := int(batch.tokens.max())) >= model.config.vocab_size:
             raise DataError(
-                f"{', '.join(work.data.path)} has token id {largest}, but the vocab_size of {work.model} is "
+                f"{', '.join(work.places)} has token id {largest}, but the vocab_size of {work.model} is "
                 f"{model.config.vocab_size}: use data of the model's own tokenizer"
             )
         loss = float(token_losses(model, batch.to(device), work.autocast))

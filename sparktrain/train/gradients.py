@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -33,28 +35,29 @@ def accumulate(
     scale: float,
     settings: Train,
     losses: Callable[[PreTrainedModel, Batch, str], torch.Tensor],
-) -> float:
-    """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses.
+) -> npt.NDArray[np.float64]:
+    """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses of each
+    sequence, ``[B_]``.
 
     Args:
-        losses: of a micro-batch, see ``token_losses``.
+        losses: of each sequence of a micro-batch, see ``sequence_losses``.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
+    found: list[torch.Tensor] = []
     exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
     for part in batch.split(settings.micro_batch):
         heartbeat.at("computes")
-        loss = losses(model, part, settings.autocast)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+        losses_M = losses(model, part, settings.autocast)
+        (losses_M.sum() * scale).backward()  # type: ignore[no-untyped-call]
+        found.append(losses_M.detach())
         for sum_so_far, parameter in zip(exact, parameters, strict=False):
             if parameter.grad is not None:
                 sum_so_far += parameter.grad
                 parameter.grad = None
     for sum_so_far, parameter in zip(exact, parameters, strict=False):
         parameter.grad = sum_so_far.to(parameter.dtype)
-    return float(total)
+    return torch.cat(found).cpu().double().numpy()
 
 
 def clip(model: PreTrainedModel, max_norm: float) -> float:

@@ -13,13 +13,15 @@ from sparktrain import failpoints, heartbeat
 from sparktrain.config import RunConfig
 from sparktrain.errors import Changed, ConfigError
 from sparktrain.plan import PlanSpec
+from sparktrain.receipts import Receipts
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources.reach import known, opener
-from sparktrain.train import checkpoint, models, speed
+from sparktrain.train import checkpoint, models, pipelines, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
-from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.by_source import by_source
+from sparktrain.train.evaluate import heldout_loss, sequence_losses
 from sparktrain.train.external_rounds import Rounds, hand_over
 from sparktrain.train.gradients import accumulate, clip, skip, targets_of
 from sparktrain.train.live import Live
@@ -107,7 +109,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     spec, live, requests = training.spec, training.live, training.requests
     records, first_step_at = [], 0.0
     with requests.heeding_sigterm(training.config.launch.grace):
-        for turn in _turns(training, first_step):
+        for turn in _turns(training, first_step, saver.receipts):
             first_step_at = first_step_at or time.time()
             begun, done = turn[0].step, turn[-1].step + 1
             config = live.at(done - 1)
@@ -132,12 +134,12 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
     return records, first_step_at
 
 
-def _turns(training: Training, first_step: int) -> Iterator[list[StepRecord]]:
+def _turns(training: Training, first_step: int, receipts: Receipts) -> Iterator[list[StepRecord]]:
     """Records of the steps after which there is a state to save: of every one, or of all in a program's round."""
     if training.rounds is None:
-        yield from ([record] for record in _steps(training, first_step))
+        yield from ([record] for record in _steps(training, first_step, receipts))
     else:
-        speeds, batches = _batches(training, first_step)
+        speeds, batches = _batches(training, first_step, receipts)
         yield from training.rounds.records(first_step, batches, speeds, training.live.at, training.requests.agree)
 
 
@@ -146,12 +148,17 @@ def _due(every: int, begun: int, done: int) -> bool:
     return every > 0 and done // every > begun // every
 
 
-def _batches(training: Training, first_step: int) -> tuple[tuple[float, ...], Iterator[Batch]]:
-    """What ranks' shares are by, and this rank's batches from ``first_step`` on."""
+def _batches(
+    training: Training, first_step: int, receipts: Receipts | None
+) -> tuple[tuple[float, ...], Iterator[Batch]]:
+    """What ranks' shares are by, and this rank's batches from ``first_step`` on, with ``receipts`` for each."""
     config, spec, world = training.config, training.spec, training.world
     shards = opener(config.data, known(spec.shards))
     speeds = speed.of_ranks(training.model, config, spec, world)
-    return speeds, iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+    made = pipelines.planned(config, training.model.config.vocab_size, spec)
+    place = (world.rank, world.size, first_step, speeds)
+    batches = Batches(training.directory, spec, *place, shards, receipts, config.data.cache_dir is not None, made)
+    return speeds, iter(batches)
 
 
 def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
@@ -170,11 +177,11 @@ def _measured(training: Training, record: StepRecord) -> StepRecord:
     return record._replace(heldout_loss=loss)
 
 
-def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
-    """One record per step of the plan from ``first_step`` on."""
+def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = None) -> Iterator[StepRecord]:
+    """One record per step of the plan from ``first_step`` on, and ``receipts`` for what it read."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
     strategy, live, requests = training.strategy, training.live, training.requests
-    _, batches = _batches(training, first_step)
+    speeds, batches = _batches(training, first_step, receipts)
     for step in range(first_step, spec.steps):
         if (now := live.at(step)) is not config:
             config = now
@@ -187,7 +194,8 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
         # What a strategy makes of gradients scaled so is in its contract.
         scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / targets_of(batch, step, spec, world)
-        loss_sum = accumulate(model, batch.to(world.device), scale, config.train, token_losses)
+        losses_B = accumulate(model, batch.to(world.device), scale, config.train, sequence_losses)
+        loss_sum = float(losses_B.sum())
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
         updating = time.perf_counter()
@@ -213,12 +221,11 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             data_seconds=loaded - began,
             compute_seconds=ended - loaded - moved["seconds"],
             communication_seconds=moved["seconds"],
-            payload_bytes=int(moved["payload_bytes"]),
-            bytes_sent=int(moved["bytes_sent"]),
-            bytes_received=int(moved["bytes_received"]),
+            **{name: int(moved[name]) for name in _BYTES},
             optimizer_seconds=optimizer_seconds,
             examples=len(batch.tokens),
             delta_norm=strategy.delta_norm,
+            sources=by_source(spec, step, world, speeds, batch, losses_B),
         )
 
 

@@ -155,11 +155,11 @@ def save(model: PreTrainedModel, config: RunConfig, path: Path) -> None:
 
 def tokenizer_path(config: RunConfig) -> Path | None:
     """The tokenizer directory that belongs to the data: as set, or ``../tokenizer`` beside it, where
-    ``jobs/tokenize.py`` puts it."""
+    ``jobs/tokenize.py`` puts it; of several sources, the first that has one."""
     if config.model.tokenizer:
         return config.model.tokenizer
-    beside = Path(config.data.path[0]).parent / "tokenizer"
-    return beside if (beside / "tokenizer.json").exists() else None
+    beside = [Path(places[0]).parent / "tokenizer" for places in config.data.trained_on.values()]
+    return next((path for path in beside if (path / "tokenizer.json").exists()), None)
 
 
 def _pretrained_config(settings: Model) -> Any:

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Collection
+from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -19,6 +20,10 @@ from sparktrain.tokens.sources import filesystem, hf, http, local
 from sparktrain.tokens.sources.listing import expand
 
 __all__ = ["SOURCES", "Kind", "absolute", "find", "is_local", "listable", "open_if_there", "open_source"]
+__all__ += ["sha256_of"]
+
+# Bytes hashed in one piece.
+_HASHED = 8 << 20
 
 
 class Kind(NamedTuple):
@@ -44,6 +49,15 @@ def open_source(uri: str, opener: Opener | None = None) -> Source:
     if source is None:
         raise DataError(f"{uri} does not exist: restore it or take it out of the data")
     return source
+
+
+def sha256_of(uri: str, num_bytes: int, opener: Opener) -> str:
+    """Hex digest of the ``num_bytes`` at ``uri``, in bounded memory."""
+    source, hashed = open_source(uri, opener), sha256()
+    for offset in range(0, num_bytes, _HASHED):
+        hashed.update(source.read(offset, min(_HASHED, num_bytes - offset)))
+    source.close()
+    return hashed.hexdigest()
 
 
 def open_if_there(uri: str) -> Source | None:
