@@ -1,6 +1,7 @@
 # make quickstart   set everything up, tokenize real text, train on it with two ranks through Spark, sample from it
 # make test         set everything up, check style, types and import walls, run all tests
 # make chaos        train while processes are killed at random, and compare with the undisturbed run; a quarter of an hour
+# make docs         the documentation as a site
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,7 +13,7 @@ SUBMIT := PATH="$(CURDIR)/$(BIN):$$PATH" PYSPARK_PYTHON=python spark-submit --pr
 # More settings for the quickstart's training: make quickstart TRAIN_ARGS="--train.steps 20"
 TRAIN_ARGS ?=
 
-.PHONY: quickstart test chaos lint docs bench clean java
+.PHONY: quickstart test chaos lint commands notebooks docs bench clean java
 
 quickstart: java $(VENV)/.installed
 	$(SUBMIT) jobs/tokenize.py conf/tokenize.toml
@@ -36,6 +37,18 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The commands of README and docs that can run on one machine, on a small model.
+commands: java $(VENV)/.installed
+	$(BIN)/python -m tests.commands
+
+# Minutes: notebooks with their own settings, as a user runs them; CI runs them small (tests/test_notebooks.py).
+notebooks: java $(VENV)/.installed
+	$(BIN)/python -m tests.notebooks
+
+# To site/, from docs/ and docstrings; a warning is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: java $(VENV)/.installed
 	$(BIN)/python benchmarks/loop.py
@@ -63,4 +76,4 @@ $(VENV)/.installed: setup.cfg setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info data runs
+	rm -rf $(VENV) build dist *.egg-info data runs site

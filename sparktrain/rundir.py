@@ -17,6 +17,7 @@
       over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
       receipts-00000-000000100.parquet  rank   what it read for them (receipts.py)
+      pulse-00000.json   rank     how far it is, every second (pulse.py)
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
@@ -168,6 +169,9 @@ class RunDir:
 
     def logs(self, number: int) -> Path:
         return self.generation(number) / "logs"
+
+    def pulse(self, generation: int, rank: int) -> Path:
+        return self.generation(generation) / f"pulse-{rank:05d}.json"
 
     def records(self, generation: int, rank: int, step: int) -> Path:
         """A rank's steps from the checkpoint before to that at ``step``."""

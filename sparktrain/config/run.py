@@ -26,6 +26,8 @@ class Run(Section):
     """Seeds the order of the data and the initial weights."""
     log_every: int = Field(10, ge=1)
     """Rank 0 prints one line every so many steps."""
+    trackers: tuple[Literal["mlflow", "tensorboard"], ...] = ()
+    """Where metrics go besides the run directory; needs the extra of that name: pip install 'sparktrain[mlflow]'."""
 
 
 class Model(Section):
@@ -206,7 +208,7 @@ class Common(Section):
         reach = {"mirrors", "cache_dir", "cache_bytes"}
         policy = {"on_nonfinite", "max_skipped"}  # what stopped may go on with another
         exclude: Any = {"train": policy, "launch": True, "checkpoint": True, "eval": True, "data": reach}
-        exclude |= {"run": {"dir", "log_every"}, "inner_loop": {"timeout"}}
+        exclude |= {"run": {"dir", "log_every", "trackers"}, "inner_loop": {"timeout"}}
         return self.model_dump(mode="json", exclude=exclude)
 
 

@@ -14,7 +14,7 @@ from sparktrain.errors import Changed, DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import Asked, RankResult, RunResult, shares
 from sparktrain.rundir import RunDir
-from sparktrain.spark import digesting, index, launch, planner, preflight, sanity, task
+from sparktrain.spark import digesting, index, launch, planner, preflight, progress, sanity, task, trackers
 from sparktrain.tokens import Shard
 from sparktrain.tokens.sources import is_local
 
@@ -74,6 +74,7 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
     A run directory whose run is finished is read, not trained again. Raises a subclass of
     :class:`sparktrain.errors.SparktrainError`, one line for the user, where the run cannot start or fails.
     """
+    trackers.check(config)
     config = preflight.resolve(spark, config)
     directory = RunDir(config.run.dir)
     with directory.lock():
@@ -81,7 +82,8 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
         if finished := directory.finished():
             return finished
         print(_write_plan(spark, config, directory), *Changes(directory.path).describe(), sep="\n", flush=True)
-        return _train(spark, config, directory)
+        with trackers.tracking(config, directory) as tracking:
+            return _train(spark, config, directory, tracking)
 
 
 def plan(spark: SparkSession, config: RunConfig) -> Iterator[str]:
@@ -96,6 +98,7 @@ def plan(spark: SparkSession, config: RunConfig) -> Iterator[str]:
 
 def dry_run(spark: SparkSession, config: RunConfig) -> str:
     """Everything :func:`run` checks, and the plan it would write, as text; nothing is left in the run directory."""
+    trackers.check(config)
     config = preflight.resolve(spark, config)
     directory = RunDir(config.run.dir)
     with directory.lock():
@@ -140,13 +143,15 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
     return Prepared(config, planner.spec_of(config, *sources), model)
 
 
-def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:
+def _train(spark: SparkSession, config: RunConfig, directory: RunDir, tracking: trackers.Tracking) -> RunResult:
     """Attempts, until one ends well or fails for good."""
     ranks, failures, without_progress = config.launch.ranks, 0, 0
     while True:
         progress = directory.checkpoints.latest_step()
         try:
-            return _attempt(spark, config, directory, ranks)
+            result = _attempt(spark, config, directory, ranks, tracking)
+            tracking.finish(result)
+            return result
         except LaunchError as error:
             if error.exit_code == Changed.exit_code:
                 print(error, flush=True)
@@ -166,7 +171,9 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResu
             ranks = preflight.ranks_left(spark, config)
 
 
-def _attempt(spark: SparkSession, config: RunConfig, directory: RunDir, ranks: int) -> RunResult:
+def _attempt(
+    spark: SparkSession, config: RunConfig, directory: RunDir, ranks: int, tracking: trackers.Tracking
+) -> RunResult:
     local = config.launch.mode == "local"
     generation = directory.new_generation()
     job = task.Job(
@@ -179,7 +186,8 @@ def _attempt(spark: SparkSession, config: RunConfig, directory: RunDir, ranks: i
         launcher=config.launch.launcher,
         grace=config.launch.grace,
     )
-    launch.launch(spark, job, ranks, local, preflight.uses_gpu(spark, local))
+    with progress.shown(directory, generation, ranks, config.train.steps, tracking.log):
+        launch.launch(spark, job, ranks, local, preflight.uses_gpu(spark, local))
     outcomes = [o for o in directory.outcomes(job.generation) if isinstance(o, RankResult)]
     if not outcomes:
         raise DataError(f"no rank left an output file in {directory.generation(job.generation)}: is run.dir shared?")

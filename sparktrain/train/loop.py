@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints, heartbeat
+from sparktrain import failpoints, heartbeat, pulse
 from sparktrain.config import RunConfig
 from sparktrain.errors import Changed, ConfigError
 from sparktrain.plan import PlanSpec
@@ -84,8 +84,11 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     skipped = config.train.max_skipped if config.train.on_nonfinite == "skip" else 0
     requests = Requests(directory, world, strategy.local and not rounds, live.waits, skipped)
     training = Training(directory, config, spec, world, model, strategy, live, requests, rounds)
-    with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
-        records, first_step_at = _run(training, saver, first_step)
+    with (
+        checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver,
+        pulse.beating(directory.pulse(generation, world.rank), world.rank) as records,
+    ):
+        first_step_at = _run(training, saver, first_step, records)
     if requests.asked.stop:
         raise requests.stopped(records[-1].step + 1, spec.steps)
     heartbeat.at("saves", spec.steps)
@@ -103,11 +106,10 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     return RankResult(*where, records, digest, size, before, after, first_step_at, resumed_from)
 
 
-def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) -> tuple[list[StepRecord], float]:
-    """Every step from ``first_step`` on, with checkpoints, or until it is to stop; the records, and when the first step
-    ended."""
-    spec, live, requests = training.spec, training.live, training.requests
-    records, first_step_at = [], 0.0
+def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int, records: list[StepRecord]) -> float:
+    """Every step from ``first_step`` on, with checkpoints, or until it is to stop, appended to ``records``; when the
+    first one ended."""
+    spec, live, requests, first_step_at = training.spec, training.live, training.requests, 0.0
     with requests.heeding_sigterm(training.config.launch.grace):
         for turn in _turns(training, first_step, saver.receipts):
             first_step_at = first_step_at or time.time()
@@ -131,7 +133,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) ->
             if again:
                 saver.wait()
                 raise Changed(f"settings changed after step {done}: ranks start again with them")
-    return records, first_step_at
+    return first_step_at
 
 
 def _turns(training: Training, first_step: int, receipts: Receipts) -> Iterator[list[StepRecord]]:
