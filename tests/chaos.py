@@ -43,7 +43,8 @@ _LIMIT_SECONDS = 3600.0
 
 @dataclass
 class Chaos:
-    """A disturbed run: ``argv`` for jobs/train.py, in ``directory``; kills come ``pause`` seconds apart, by ``seed``.
+    """A disturbed run: ``argv`` for jobs/train.py, in ``directory``. By ``seed``, a kill comes so many seconds as
+    ``pause`` says after its ranks have taken a step, or, one in four, after the last kill, wherever the run is then.
 
     ``started``: every process of it that was ever seen.
     """
@@ -56,12 +57,12 @@ class Chaos:
     started: set[psutil.Process] = field(default_factory=set)
     kills: int = 0
     starts: int = 0
+    struck: int = 0  # the attempt of the last kill
 
     def run(self) -> None:
         """Until the run has ended well. Raises AssertionError where it ends in another way than a kill explains."""
-        chance, began = random.Random(self.seed), time.monotonic()
-        due, left = time.monotonic() + chance.uniform(*self.pause), list(self.victims)
-        driver = self._start()
+        chance, began, left = random.Random(self.seed), time.monotonic(), list(self.victims)
+        due, patient, driver = 0.0, True, self._start()
         while (status := driver.poll()) != 0:
             assert time.monotonic() - began < _LIMIT_SECONDS, "it takes too long"
             self.started |= self._processes()
@@ -70,10 +71,13 @@ class Chaos:
                 assert status in AGAIN, f"the driver ended with status {status}:\n{text[-4000:]}"
                 self._wait_until_gone(driver)
                 driver = self._start()
+            elif left and not due:
+                if not patient or self._trains():
+                    due = time.monotonic() + chance.uniform(*self.pause)
             elif left and time.monotonic() > due and (victim := self._find(left[0], chance)):
                 self._kill(left.pop(0), victim)
-                due = time.monotonic() + chance.uniform(*self.pause)
-            time.sleep(0.3)
+                due, patient = 0.0, chance.random() < 0.75
+            time.sleep(0.2)
         assert not left, f"the run ended after {self.kills} kills: take more steps"
         self._wait_until_gone(driver)
 
@@ -126,9 +130,13 @@ class Chaos:
     def _heartbeats(self) -> list[heartbeat.Heartbeat]:
         return heartbeat.read(self.directory.generation(self.directory.latest_generation()).glob("heartbeat-*.json"))
 
+    def _trains(self) -> bool:
+        """Whether ranks take steps in an attempt that was not struck yet."""
+        return self.directory.latest_generation() > self.struck and any(b.step >= 0 for b in self._heartbeats())
+
     def _kill(self, kind: str, victim: psutil.Process) -> None:
         self.kills += 1
-        generation = self.directory.latest_generation()
+        generation = self.struck = self.directory.latest_generation()
         where = max((beat.step for beat in self._heartbeats()), default=-1)
         step = f"step {where}" if where >= 0 else "before its first step"
         with contextlib.suppress(psutil.Error):
@@ -221,11 +229,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--pause", type=float, nargs=2, default=(5.0, 40.0), help="seconds between kills, from and to")
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--pause", type=float, nargs=2, default=(1.0, 8.0), help="seconds before a kill, from and to")
     parser.add_argument("--directory", type=Path, required=True, help="a new directory for everything")
     asked, more = parser.parse_known_args()
     base = asked.directory.absolute()
+    if base.exists():
+        parser.error(f"--directory {base} is there already: choose another or remove it")
     base.mkdir(parents=True)
     write_shards(base / "train", shards=4, tokens=200_000)
     print(f"seed {asked.seed}, {asked.kills} kills, {asked.steps} steps", flush=True)

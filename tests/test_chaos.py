@@ -15,9 +15,9 @@ def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(spark: An
     base = tmp_path / "chaos"
     write_shards(base / "train", tokens=20_000)
     quiet, directory = RunDir(base / "quiet"), RunDir(base / "run")
-    undisturbed = driver.run(spark, cli.parse(RunConfig, chaos.argv_of(base, quiet.path, 400, [])))
+    undisturbed = driver.run(spark, cli.parse(RunConfig, chaos.argv_of(base, quiet.path, 1000, [])))
     victims = ["executor", "torchrun", "driver JVM", "rank"]
-    disturbed = chaos.Chaos(chaos.argv_of(base, directory.path, 400, []), directory, victims, (0.5, 1.5), 1)
+    disturbed = chaos.Chaos(chaos.argv_of(base, directory.path, 1000, []), directory, victims, (0.3, 1.0), 1)
     disturbed.run()
     assert disturbed.starts == 2, "only a killed driver is to be started again"
     assert list(chaos.differences(directory, undisturbed)) == []

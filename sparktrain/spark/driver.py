@@ -109,12 +109,28 @@ def dry_run(spark: SparkSession, config: RunConfig) -> str:
 
 
 def _write_plan(spark: SparkSession, config: RunConfig, directory: RunDir) -> str:
-    prepared = _prepare(spark, config)
+    prepared = _prepare_again(spark, config)
     directory.claim(config)
     if directory.plan_spec() != prepared.spec:
         digesting.write_digests(spark, prepared.spec, config.data, directory.digests)
         planner.write_plan(spark, prepared.spec, directory)
     return prepared.describe()
+
+
+def _prepare_again(spark: SparkSession, config: RunConfig) -> Prepared:
+    """:func:`_prepare`, from the start where an executor is lost meanwhile: Spark never repeats a barrier stage."""
+    failures = 0
+    while True:
+        try:
+            return _prepare(spark, config)
+        except Exception as error:  # py4j and Spark have no common type
+            if not (lost := launch.lost_executor(error)):
+                raise
+            failures += 1
+            few = preflight.ranks_left(spark, config) < config.launch.ranks
+            if few or failures > config.launch.max_restarts:
+                raise LaunchError(f"{lost} before ranks were started: start the same command again") from error
+            print(f"{lost}; checks begin again, {failures} of {config.launch.max_restarts}", flush=True)
 
 
 def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:

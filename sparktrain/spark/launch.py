@@ -116,6 +116,15 @@ def explain(directory: RunDir, generation: int, error: Exception) -> LaunchError
     return found
 
 
+def lost_executor(error: Exception) -> str | None:
+    """Which executor Spark lost, and why, where that is what ended a job with ``error``."""
+    if lost := re.search(r"ExecutorLostFailure \(executor (\S+) [^)]*\) Reason: (.*)", str(error)):
+        return f"executor {lost[1]} was lost: {lost[2].rstrip('.')}"
+    if "Python worker exited unexpectedly" in str(error):
+        return "a Python worker of Spark's was lost"
+    return None
+
+
 def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchError:
     failures = [o for o in directory.outcomes(generation) if isinstance(o, RankFailure)]
     causes = [f for f in failures if not f.echo]
@@ -128,17 +137,18 @@ def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchErro
         found = LaunchError(f"{'' if first.kind == 'Stopped' else where}{first.message}{hint}")
         found.exit_code = first.exit_code if first.exit_code != 1 else LaunchError.exit_code
         return found
+    # What takes a rank with it comes before the rank.
+    for exit_ in exits:
+        if exit_["launcher"] == "torchrun" and exit_["status"] < 0:
+            return LaunchError(f"torchrun of task {exit_['node']} on {exit_['host']} {_how(exit_['status'])}")
+    if executor := lost_executor(error):
+        return LaunchError(executor)
     killed = [(exit_, rank, status) for exit_ in exits for rank, status in _statuses(exit_)]
     known = {f.rank for f in failures}
     for exit_, rank, status in sorted(killed, key=lambda k: (k[1] in known, k[1])):
         if rank not in known:
             last = next((line for line in reversed(exit_["tail"]) if line.startswith(f"[rank {rank} ")), "no output")
             return LaunchError(f"rank {rank} on {exit_['host']} {_how(status)}; its last line: {last}")
-    for exit_ in exits:
-        if exit_["launcher"] == "torchrun" and exit_["status"] < 0:
-            return LaunchError(f"torchrun of task {exit_['node']} on {exit_['host']} {_how(exit_['status'])}")
-    if lost := re.search(r"ExecutorLostFailure \(executor (\S+) [^)]*\) Reason: (.*)", str(error)):
-        return LaunchError(f"executor {lost[1]} was lost: {lost[2].rstrip('.')}")
     if failures:
         first = failures[0]
         return LaunchError(f"rank {first.rank} on {first.host} lost the other ranks: {first.message}")
