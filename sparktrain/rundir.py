@@ -39,6 +39,7 @@ from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
+from sparktrain.redaction import hidden
 from sparktrain.results import (
     Outcome,
     RankFailure,
@@ -72,7 +73,7 @@ class RunDir:
         try:
             known = _read_json(self.path / "run.json")
             known["format"], known["identity"], known["run_id"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(f"run.dir {self.path} has a run.json that is none: choose another run.dir") from None
         if known["format"] != FORMAT:
             raise ConfigError(
@@ -209,13 +210,17 @@ class RunDir:
             raise ConfigError(
                 f"{self.path} is no run directory: it has no config.json; start the run with jobs/train.py"
             )
-        return RunConfig.model_validate_json(file.read_text(encoding="utf-8"))
+        try:
+            return RunConfig.model_validate_json(file.read_bytes())
+        except ValueError as error:
+            reason = ", ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ConfigError(f"{file} is torn or of another sparktrain ({reason}): start the run again") from None
 
     def plan_spec(self) -> PlanSpec | None:
         """What the plan on disk is a function of; None where no plan was completed."""
         try:
             spec = PlanSpec.from_json(_read_json(self.path / "plan.json"))
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
             return None
         return spec if any(self.plan.glob("*.parquet")) else None
 
@@ -223,7 +228,8 @@ class RunDir:
         write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))
 
     def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
-        write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
+        tail = [hidden(line) for line in exit_["tail"]]
+        write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_ | {"tail": tail})
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
