@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
-from transformers.utils import logging as transformers_logging
+from transformers import TextIteratorStreamer
 
 from sparktrain.config import Section
 from sparktrain.errors import ConfigError, ModelError
+from sparktrain.train.pretrained import load_tokenizer, pretrained
+from sparktrain.train.weight_files import weight_files
+
+# Of a model that knows no limit.
+_LONGEST = 2**20
 
 
 class Generate(Section):
@@ -43,16 +47,16 @@ def generate(settings: Generate) -> Iterator[str]:
             raise ModelError(
                 f"{path} holds {what}: expected {directory / needed}; give a finished run or a model directory"
             )
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True).eval()  # type: ignore[no-untyped-call]
+    weight_files(directory)
+    tokenizer = load_tokenizer(directory)
+    model: Any = pretrained(directory).eval()  # type: ignore[no-untyped-call]
     torch.manual_seed(settings.seed)
     streamer = TextIteratorStreamer(tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
     inputs = tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False)
-    length, positions = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    length, positions = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None) or _LONGEST
     if not 0 < length < positions:
         raise ConfigError(
             f"prompt has {length} tokens, the model {positions} positions: give a prompt of 1 to {positions - 1}"
