@@ -90,12 +90,18 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
     places = {"data.path": data.path, **({"data.heldout": data.heldout} if data.heldout else {})}
     located = {setting: locate_shards(where, opener(data, {})) for setting, where in places.items()}
     local = [next(iter(found)) for found in located.values() if is_local(next(iter(found)))]
-    model = preflight.check_executors(spark, config, local)
+    # What is known soonest is checked first: a model takes seconds, few shards none, many shards minutes.
+    quick = config.launch.mode == "local" and index.is_quick([uri for found in located.values() for uri in found])
+    model = None if quick else preflight.check_executors(spark, config, local)
     for setting, found in located.items():
-        shards[setting] = index.index_shards(spark, found, data)
-        index.check_shards(shards[setting], data, model["vocab_size"], setting)
+        shards[setting] = index.index_shards(spark, found, data, here=quick)
+        index.check_shards(shards[setting], data, setting)
     check_alike([shard for indexed in shards.values() for shard, _ in indexed])
-    return Prepared(config, planner.spec_of(config, [shard for shard, _ in shards["data.path"]]), model)
+    spec = planner.spec_of(config, [shard for shard, _ in shards["data.path"]])
+    model = model or preflight.check_executors(spark, config, local)
+    for indexed in shards.values():
+        index.check_vocabulary(indexed, data, model["vocab_size"])
+    return Prepared(config, spec, model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResult:
