@@ -17,7 +17,8 @@ def _or_none(value: Any) -> Any:
     return None if value in ("", "none", "None", ("",), ["none"], [None], (None,), ["None"]) else value
 
 
-Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
+Place = Annotated[str, Field(min_length=1)]
+Places = Annotated[tuple[Place, ...], BeforeValidator(_several), Field(min_length=1)]
 
 
 class Skip(Section):
