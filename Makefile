@@ -1,5 +1,6 @@
 # make quickstart   set everything up, tokenize real text, train on it with two ranks through Spark, sample from it
 # make test         set everything up, check style, types and import walls, run all tests
+# make chaos        train while processes are killed at random, and compare with the undisturbed run; a quarter of an hour
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +12,7 @@ SUBMIT := PATH="$(CURDIR)/$(BIN):$$PATH" PYSPARK_PYTHON=python spark-submit --pr
 # More settings for the quickstart's training: make quickstart TRAIN_ARGS="--train.steps 20"
 TRAIN_ARGS ?=
 
-.PHONY: quickstart test lint docs bench clean java
+.PHONY: quickstart test chaos lint docs bench clean java
 
 quickstart: java $(VENV)/.installed
 	$(SUBMIT) jobs/tokenize.py conf/tokenize.toml
@@ -21,6 +22,14 @@ quickstart: java $(VENV)/.installed
 # Two at a time, a file each: half of them wait for processes that they have started or killed.
 test: java lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Another run: make chaos SEED=2 KILLS=40
+SEED  ?= 1
+KILLS ?= 24
+CHAOS ?= runs/chaos-$(SEED)
+
+chaos: java $(VENV)/.installed
+	$(BIN)/python -m tests.chaos --seed $(SEED) --kills $(KILLS) --directory $(CHAOS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

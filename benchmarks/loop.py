@@ -24,6 +24,7 @@ from sparktrain.config import RunConfig
 from sparktrain.rundir import RunDir
 from sparktrain.tokens import ds
 from sparktrain.train import loop, models
+from sparktrain.train.live import Live
 from sparktrain.train.requests import Requests
 from sparktrain.train.strategies import STRATEGIES
 from sparktrain.train.world import start_world
@@ -87,7 +88,9 @@ def main() -> None:
         )
         step = bare_step(theirs, config, [batch.tokens for batch in loop.Batches(run, spec, 0, 1)])
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
-        training = loop.Training(run, config, spec, world, ours, strategy, Requests(run, world, strategy.local))
+        live = Live(run.path, config, world, 0)
+        requests = Requests(run, world, strategy.local, live.waits)
+        training = loop.Training(run, config, spec, world, ours, strategy, live, requests)
         steps_of_ours = loop._steps(training)
         for i in range(steps):
             for name, act in (("sparktrain", lambda: next(steps_of_ours)), ("bare", lambda i=i: step(i))):

@@ -1,4 +1,4 @@
-"""python jobs/generate.py --model RUN_DIR --prompt "def ": sample text from a run or a model directory."""
+"""python jobs/generate.py --model RUN_DIR --prompt "def ": sample text from a run, a checkpoint or a model."""
 
 from sparktrain import cli
 from sparktrain.train.generate import Generate, generate

@@ -1,10 +1,14 @@
 """Files that are there whole or not at all, also after a power cut."""
 
+import io
 import json
 import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 def write(path: Path, content: bytes) -> None:
@@ -25,6 +29,13 @@ def write(path: Path, content: bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """``values`` as JSON, by :func:`write`."""
     write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """``table`` as Parquet, by :func:`write`."""
+    content = io.BytesIO()
+    pq.write_table(table, content)
+    write(path, content.getvalue())
 
 
 def sync_directory(path: Path) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -26,14 +26,15 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def parse(model: type[Config], argv: Sequence[str]) -> Config:
-    """The settings in ``argv``: an optional TOML file first, then ``--section.key value`` overrides.
+def parse(model: type[Config], argv: Sequence[str], base: Mapping[str, Any] | None = None) -> Config:
+    """The settings in ``argv``: an optional TOML file first, unless there is a ``base``, then ``--section.key value``
+    overrides.
 
     Raises :class:`ConfigError` with one line naming the file or flag, the key, and what was expected.
     """
-    file = argv[0] if argv and not argv[0].startswith("-") else None
+    file = argv[0] if argv and not argv[0].startswith("-") and base is None else None
     flags = [_kebab(word) for word in (argv[1:] if file else argv)]
-    values = _read_toml(Path(file), model) if file else {}
+    values = _read_toml(Path(file), model) if file else base or {}
     settings = type(
         model.__name__,
         (BaseSettings, model),

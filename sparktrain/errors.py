@@ -51,10 +51,22 @@ class LaunchError(SparktrainError):
     transient = False
 
 
+class Orphaned(SparktrainError):
+    """What started a rank of this attempt, or its executor, is gone: the ranks saved a checkpoint and ended."""
+
+    exit_code = 7
+
+
 class Superseded(SparktrainError):
     """A newer attempt of the same run has started: this one must not write any more."""
 
     exit_code = 75
+
+
+class Changed(SparktrainError):
+    """Settings were changed that ranks read when they start: they are to start again."""
+
+    exit_code = 76
 
 
 class Stopped(SparktrainError):

@@ -5,6 +5,7 @@ unpickler that admits these classes and nothing else, so a planted pickle is ref
 """
 
 import io
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sparktrain import windows
 from sparktrain.errors import Diverged, LaunchError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 class StepRecord(NamedTuple):
-    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds."""
+    """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds.
+
+    ``optimizer_seconds``, a part of ``compute_seconds``: from the gradient to the update. ``heldout_loss``: nats per
+    token after the step, the same on all ranks; None where it was not measured. ``examples``: sequences trained on.
+    ``delta_norm``: in a step that ends a round, L2 norm of what this rank changed of the parameters in it; else None.
+    What an external trainer does not tell, loss or gradient norm, is NaN.
+    """
 
     step: int
     loss_sum: float
@@ -35,6 +44,14 @@ class StepRecord(NamedTuple):
     payload_bytes: int
     bytes_sent: int
     bytes_received: int
+    optimizer_seconds: float = 0.0
+    heldout_loss: float | None = None
+    examples: int = 0
+    delta_norm: float | None = None
+
+
+_TOTALS = [name for name in StepRecord._fields if name.endswith(("_seconds", "_bytes")) or name.startswith("bytes_")]
+_TYPES = {name: pa.int64() if kind is int else pa.float64() for name, kind in StepRecord.__annotations__.items()}
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,8 @@ def read_records(content: bytes) -> list[tuple[int, StepRecord]]:
 
 
 def _table_of(records: Sequence[tuple[int, StepRecord]]) -> pa.Table:
-    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records])
+    schema = pa.schema({"rank": pa.int64()} | _TYPES)
+    return pa.Table.from_pylist([{"rank": rank, **record._asdict()} for rank, record in records], schema)
 
 
 @dataclass(frozen=True)
@@ -165,21 +183,23 @@ class RunResult:
         for _, record in self._records():
             by_step.setdefault(record.step, []).append(record)
         steps = []
-        for _, records in sorted(by_step.items()):
-            tokens = sum(r.tokens for r in records)
-            merged = {"step": records[0].step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
-            merged |= {"lr": records[0].lr}
-            merged |= {
-                name: max(getattr(r, name) for r in records)
-                for name in StepRecord._fields[StepRecord._fields.index("grad_norm") :]
-            }
-            steps.append(merged)
-        return pa.Table.from_pylist(steps)
+        for step, records in sorted(by_step.items()):
+            tokens, first = sum(r.tokens for r in records), records[0]
+            merged: dict[str, Any] = {"step": step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
+            merged |= {"lr": first.lr, "heldout_loss": first.heldout_loss}
+            steps.append(merged | {n: max(getattr(r, n) for r in records) for n in ("grad_norm", "seconds", *_TOTALS)})
+        types = [(name, kind) for name, kind in _TYPES.items() if name not in ("step", "loss_sum")]
+        return pa.Table.from_pylist(steps, pa.schema([("step", pa.int64()), ("loss", pa.float64()), *types]))
 
     @property
     def rank_table(self) -> pa.Table:
         """One row per step and rank, as each rank recorded it."""
         return _table_of(self._records())
+
+    @property
+    def windows(self) -> pa.Table:
+        """One row per window, the steps between two syncs, and rank: see ``windows.py``."""
+        return windows.table(windows.windows(self.rank_table.to_pylist()))
 
     def _records(self) -> list[tuple[int, StepRecord]]:
         return [*self.earlier, *((r.rank, record) for r in self.ranks for record in r.records)]
@@ -192,50 +212,39 @@ class RunResult:
 
     def metrics_frame(self, spark: Any) -> Any:
         """:attr:`table` as a Spark frame of session ``spark``."""
-        return spark.createDataFrame(self.table.to_pylist())
+        return spark.createDataFrame(self.table)
+
+    def plot(self) -> "Figure":
+        """Loss, learning rate, gradient norm, tokens/s, bytes and the ranks' time; ConfigError without matplotlib."""
+        from sparktrain.report.figures import run_figure
+
+        return run_figure(self)
 
     def summary(self) -> dict[str, Any]:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
 
-        def total(name: str) -> Any:
-            return pc.sum(table[name]).as_py()
-
-        seconds = total("seconds")
-        tokens = total("tokens")
+        # JSON has no NaN. A program that tells no loss has skipped nothing: its steps have no optimizer_seconds.
+        losses = [None if math.isnan(table["loss"][i].as_py()) else table["loss"][i].as_py() for i in (0, -1)]
+        told = zip(table["loss"].to_pylist(), table["optimizer_seconds"].to_pylist(), strict=True)
+        totals = {name: pc.sum(table[name]).as_py() for name in ("tokens", "seconds", *_TOTALS)}
         return {
             "run_dir": self.run_dir,
             "world_size": first.world,
             "steps": table.num_rows,
+            "skipped_steps": sum(not math.isfinite(loss) and updated > 0 for loss, updated in told),
             "num_parameters": first.num_parameters,
-            "loss_first": table["loss"][0].as_py(),
-            "loss_last": table["loss"][-1].as_py(),
+            "loss_first": losses[0],
+            "loss_last": losses[1],
             "heldout_loss_before": first.heldout_before,
             "heldout_loss_after": first.heldout_after,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            **{name: total(name) for name in StepRecord._fields[StepRecord._fields.index("data_seconds") :]},
+            "tokens_per_second": totals["tokens"] / totals["seconds"],
+            **totals,
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }
 
     def report(self) -> str:
         """:meth:`summary` for people."""
-        s = self.summary()
-        held = (
-            f"held-out loss {s['heldout_loss_before']:.4f} -> {s['heldout_loss_after']:.4f}\n"
-            if s["heldout_loss_before"] is not None
-            else ""
-        )
-        digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
-        return (
-            f"{s['steps']} steps, {s['tokens']:,} tokens, {s['world_size']} ranks, {s['num_parameters']:,} parameters\n"
-            f"loss          {s['loss_first']:.4f} -> {s['loss_last']:.4f}\n"
-            f"{held}"
-            f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
-            f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"
-            f"bytes         payload {s['payload_bytes']:,}, sent {s['bytes_sent']:,}, received {s['bytes_received']:,} "
-            f"per rank\n"
-            f"{digests}\n"
-            f"run directory {self.run_dir}"
-        )
+        from sparktrain.report.text import run_text
+
+        return run_text(self)

@@ -8,22 +8,26 @@
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both
+    changes/             anyone   see changes.py
     gen/000001/          driver   one attempt; made by an atomic mkdir
       rank-00000.pickle  rank     its result or failure (results.py)
       exit-00000.json    task     how the rank's process ended, and its last lines
+      heartbeat-00000.json  rank  where it is, every second or so, in place (heartbeat.py)
+      over.json          driver   which rank hangs: tasks kill theirs
       records-00000-000000100.parquet   rank   its steps up to a checkpoint
       logs/              torchrun what each rank printed
     checkpoints/         ranks    see checkpoints.py
     model/               rank 0   the trained model, a Hugging Face directory
     metrics.parquet      driver   one row per step and rank
+    windows.parquet      driver   one row per window and rank (windows.py)
     result.json          driver   the summary; written last, so a run without it is not finished
+    report.html          anyone   a page about it (report/page.py)
 
 Single files are written under a temporary name and renamed, so that no reader ever sees half of one.
 """
 
 import contextlib
 import datetime
-import io
 import json
 import os
 import uuid
@@ -31,15 +35,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from sparktrain.atomic import write, write_json
+from sparktrain.atomic import write, write_json, write_table
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
+from sparktrain.config.section import differences
 from sparktrain.errors import ConfigError, LaunchError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
-from sparktrain.redaction import hidden
 from sparktrain.results import (
     Outcome,
     RankFailure,
@@ -50,8 +52,12 @@ from sparktrain.results import (
     read_records,
 )
 
-FORMAT = 1
-SAVE, STOP = "SAVE", "STOP"
+FORMAT, SAVE, STOP = 1, "SAVE", "STOP"
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run has claimed ``path``."""
+    return (path / "run.json").exists()
 
 
 class RunDir:
@@ -61,6 +67,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self.plan = self.path / "plan"
         self.model = self.path / "model"
+        self.report = self.path / "report.html"
         self.checkpoints = Checkpoints(self.path)
 
     # -- the driver's side ---------------------------------------------------------------------------------------
@@ -80,7 +87,7 @@ class RunDir:
                 f"run.dir {self.path} has format {known['format']}, this sparktrain writes {FORMAT}: "
                 "choose another run.dir"
             )
-        changed = _differences(known["identity"], config.identity())
+        changed = differences(known["identity"], config.identity())
         if changed:
             raise ConfigError(
                 f"run.dir {self.path} holds another run: {'; '.join(changed[:3])}"
@@ -90,7 +97,8 @@ class RunDir:
     def claim(self, config: RunConfig) -> None:
         """Make the directory this run's, once :meth:`check` has passed and the run can start."""
         if not (self.path / "run.json").exists():
-            made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": _now(), "identity": config.identity()}
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": now, "identity": config.identity()}
             write_json(self.path / "run.json", made)
         write_json(self.path / "config.json", config.model_dump(mode="json"))
 
@@ -161,6 +169,16 @@ class RunDir:
         """A rank's steps from the checkpoint before to that at ``step``."""
         return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
 
+    def heartbeat(self, generation: int, rank: int) -> Path:
+        return self.generation(generation) / f"heartbeat-{rank:05d}.json"
+
+    def over(self, generation: int) -> Path:
+        return self.generation(generation) / "over.json"
+
+    def end(self, generation: int, why: str) -> None:
+        """Have the tasks of an attempt kill its ranks."""
+        write_json(self.over(generation), {"why": why})
+
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())
 
@@ -178,9 +196,8 @@ class RunDir:
         return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
 
     def write_result(self, result: RunResult) -> None:
-        table = io.BytesIO()
-        pq.write_table(result.rank_table, table)
-        write(self.path / "metrics.parquet", table.getvalue())
+        write_table(self.path / "metrics.parquet", result.rank_table)
+        write_table(self.path / "windows.parquet", result.windows)
         write_json(self.path / "result.json", result.summary())
 
     def finished(self) -> RunResult | None:
@@ -207,14 +224,11 @@ class RunDir:
         """The resolved settings. Raises :class:`ConfigError` where this is no run directory."""
         file = self.path / "config.json"
         if not file.exists():
-            raise ConfigError(
-                f"{self.path} is no run directory: it has no config.json; start the run with jobs/train.py"
-            )
+            raise ConfigError(f"{self.path} is no run directory: it has no config.json; start it with jobs/train.py")
         try:
             return RunConfig.model_validate_json(file.read_bytes())
-        except ValueError as error:
-            reason = ", ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ConfigError(f"{file} is torn or of another sparktrain ({reason}): start the run again") from None
+        except ValueError:
+            raise ConfigError(f"{file} is torn or of another sparktrain: start the run again") from None
 
     def plan_spec(self) -> PlanSpec | None:
         """What the plan on disk is a function of; None where no plan was completed."""
@@ -228,21 +242,8 @@ class RunDir:
         write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))
 
     def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
-        tail = [hidden(line) for line in exit_["tail"]]
-        write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_ | {"tail": tail})
-
-
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """``key was old, is new`` for each leaf that differs between two settings trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
-    return [] if old == new else [f"{key} was {old!r}, is {new!r}"]
+        write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
 
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

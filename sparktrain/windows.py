@@ -5,13 +5,16 @@ what was not measured is null. Tables, not JSON, carry them: JSON has no NaN.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import pyarrow as pa
 
-from sparktrain.results import StepRecord
+Step = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class WindowMetrics:
     Args:
         window: 0 for the steps before the first sync.
         examples: sequences trained on.
-        delta_norm: L2 norm of what the window changed of the parameters; None where not measured.
+        delta_norm: L2 norm of what this rank's steps changed of the parameters, which is the pseudo-gradient's; None in
+            a window that no sync ended.
     """
 
     window: int
@@ -42,56 +46,43 @@ class WindowMetrics:
     payload_bytes: int
 
 
-def windows(
-    rank: int,
-    records: Sequence[StepRecord],
-    sync_every: int,
-    examples_per_step: int,
-    delta_norms: Mapping[int, float] | None = None,
-) -> list[WindowMetrics]:
-    """One row per window of ``sync_every`` steps, counted from step 0; windows cut by a start or an end are shorter.
+def windows(steps: Sequence[Step]) -> list[WindowMetrics]:
+    """One row per window and rank of ``steps``, each a ``StepRecord`` as a mapping, with its ``rank``.
 
-    Args:
-        records: one rank's steps, in order.
-        examples_per_step: the rank's share of the global batch.
-        delta_norms: by window.
+    A window ends with a step that has a ``delta_norm``, on all ranks alike; those cut by a start or an end are shorter.
+    Where ranks agree after every step there is no such step, and the run is one window.
     """
-    assert sync_every >= 1
-    norms = delta_norms or {}
-    rows = []
-    for window, group in groupby(records, lambda record: record.step // sync_every):
-        steps = list(group)
-        rows.append(
-            WindowMetrics(
-                window=window,
-                rank=rank,
-                first_step=steps[0].step,
-                steps=len(steps),
-                tokens=sum(s.tokens for s in steps),
-                examples=examples_per_step * len(steps),
-                loss_first=_loss(steps[:1]),
-                loss_mean=_loss(steps),
-                loss_last=_loss(steps[-1:]),
-                delta_norm=norms.get(window),
-                seconds=sum(s.seconds for s in steps),
-                data_seconds=sum(s.data_seconds for s in steps),
-                compute_seconds=sum(s.compute_seconds for s in steps),
-                communication_seconds=sum(s.communication_seconds for s in steps),
-                payload_bytes=sum(s.payload_bytes for s in steps),
-            )
-        )
-    return rows
+    ends = sorted({step["step"] for step in steps if step["delta_norm"] is not None})
+    placed = sorted(((bisect_left(ends, s["step"]), s["rank"], s["step"], s) for s in steps), key=itemgetter(0, 1, 2))
+    return [
+        _window(window, rank, [step for *_, step in group])
+        for (window, rank), group in groupby(placed, key=itemgetter(0, 1))
+    ]
 
 
 def table(rows: Sequence[WindowMetrics]) -> pa.Table:
-    """The rows as a table, by window and rank: NaN is NaN in it, and None null."""
-    ordered = sorted(rows, key=lambda row: (row.window, row.rank))
+    """The rows as a table: NaN is NaN in it, and None null."""
     kinds = {int: pa.int64(), float: pa.float64(), float | None: pa.float64()}
     schema = pa.schema([(name, kinds[kind]) for name, kind in WindowMetrics.__annotations__.items()])
-    return pa.Table.from_pylist([asdict(row) for row in ordered], schema)
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema)
 
 
-def _loss(steps: Sequence[StepRecord]) -> float:
+def _window(window: int, rank: int, steps: Sequence[Step]) -> WindowMetrics:
+    sums = ("tokens", "examples", "seconds", "data_seconds", "compute_seconds", "communication_seconds")
+    return WindowMetrics(
+        window=window,
+        rank=rank,
+        first_step=steps[0]["step"],
+        steps=len(steps),
+        loss_first=_loss(steps[:1]),
+        loss_mean=_loss(steps),
+        loss_last=_loss(steps[-1:]),
+        delta_norm=steps[-1]["delta_norm"],
+        **{name: sum(step[name] for step in steps) for name in (*sums, "payload_bytes")},
+    )
+
+
+def _loss(steps: Sequence[Step]) -> float:
     """A rank whose share had no target tokens has no loss: NaN."""
-    tokens = sum(s.tokens for s in steps)
-    return sum(s.loss_sum for s in steps) / tokens if tokens else math.nan
+    tokens = sum(step["tokens"] for step in steps)
+    return sum(step["loss_sum"] for step in steps) / tokens if tokens else math.nan

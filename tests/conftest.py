@@ -98,6 +98,7 @@ def take_steps(directory: Any, config: Any, spec: Any, rank: int, size: int) -> 
     import torch
 
     from sparktrain.train import loop, models
+    from sparktrain.train.live import Live
     from sparktrain.train.requests import Requests
     from sparktrain.train.strategies import STRATEGIES
     from sparktrain.train.world import World
@@ -106,8 +107,9 @@ def take_steps(directory: Any, config: Any, spec: Any, rank: int, size: int) -> 
     model = models.build(config, world)
     build = STRATEGIES[config.strategy.kind].build
     strategy = build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
-    requests = Requests(directory, world, strategy.local)
-    records = list(loop._steps(loop.Training(directory, config, spec, world, model, strategy, requests)))
+    live = Live(directory.path, config, world, 0)
+    requests = Requests(directory, world, strategy.local, live.waits)
+    records = list(loop._steps(loop.Training(directory, config, spec, world, model, strategy, live, requests)))
     strategy.sync()
     return records, model, world
 

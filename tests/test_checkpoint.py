@@ -52,7 +52,7 @@ def start(on_ranks: Callable[..., list[Any]], data: Path) -> Callable[..., RunRe
     spec = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5)
 
     def rank_main(
-        rank: int, size: int, config: RunConfig, number: int, stop_at: int | None, ask: tuple[str, int]
+        rank: int, size: int, config: RunConfig, number: int, stop_at: int | None, ask: tuple[str, int, str]
     ) -> RankResult | None:
         directory, world = RunDir(config.run.dir), World(rank, size, torch.device("cpu"), "host")
         say = loop._line
@@ -61,7 +61,7 @@ def start(on_ranks: Callable[..., list[Any]], data: Path) -> Callable[..., RunRe
             if record.step == stop_at:
                 raise Interrupted
             if (record.step, rank) == (ask[1], 0):
-                directory.request_path(ask[0]).touch()
+                directory.request_path(ask[0]).write_text(ask[2])
             return say(record, of)
 
         loop._say, loop._line = (lambda world, text: None), line  # type: ignore[assignment]
@@ -71,7 +71,7 @@ def start(on_ranks: Callable[..., list[Any]], data: Path) -> Callable[..., RunRe
             return None
 
     def run(
-        path: Path, world: int, *flags: str, stop_at: int | None = None, ask: tuple[str, int] = ("", -1)
+        path: Path, world: int, *flags: str, stop_at: int | None = None, ask: tuple[str, int, str] = ("", -1, "")
     ) -> RunResult | None:
         directory = RunDir(path)
         if not directory.plan.exists():
@@ -131,7 +131,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
     start: Callable[..., RunResult | None], tmp_path: Path
 ) -> None:
     whole = start(tmp_path / "whole", 2)
-    assert start(tmp_path / "run", 2, "--checkpoint.every", "0", ask=(STOP, 1)) is None
+    assert start(tmp_path / "run", 2, "--checkpoint.every", "0", ask=(STOP, 1, "")) is None
     newest, _ = RunDir(tmp_path / "run").checkpoints.newest()
     assert newest is not None
     assert newest.step == 3  # asked after step 1, all ranks agree on it in step 2
@@ -141,7 +141,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
 
 
 def test_a_checkpoint_can_be_asked_for(start: Callable[..., RunResult | None], tmp_path: Path) -> None:
-    assert start(tmp_path, 2, "--checkpoint.every", "0", ask=(SAVE, 2)) is not None
+    assert start(tmp_path, 2, "--checkpoint.every", "0", ask=(SAVE, 2, "")) is not None
     assert [path.stem for path in (tmp_path / "checkpoints").glob("*.json")] == [name_of(4, 1)]
     assert not (tmp_path / SAVE).exists()
 
@@ -150,7 +150,8 @@ def test_a_loss_that_is_no_number_stops_all_ranks_before_anything_is_updated(
     on_ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     def rank_main(rank: int, size: int) -> str:
-        requests = Requests(RunDir(tmp_path), World(rank, size, torch.device("cpu"), "host"), local=False)
+        directory, world = RunDir(tmp_path), World(rank, size, torch.device("cpu"), "host")
+        requests = Requests(directory, world, local=False, waits=lambda: False)
         requests.agree(6, 1.0)
         with pytest.raises(Diverged) as caught:
             requests.agree(7, float("nan") if rank == 1 else 1.0)

@@ -543,8 +543,9 @@ def test_auto_is_the_same_choice_on_all_ranks_said_once(on_ranks, planned, outer
     assert zero == one
     assert zero[1] == (planned == 500)
     assert silence == ""
-    assert text.count("\n") == 1
-    assert re.match(f"sync_every {zero[0]}: a step takes .* communication is .*; outer {outer}", text)
+    start, chosen = text.splitlines()
+    assert start == "sync_every auto: rounds of 10 steps until two are measured"
+    assert re.match(f"sync_every {zero[0]}: a step takes .* communication is .*; outer {outer}", chosen)
 
 
 @pytest.mark.parametrize(
@@ -608,3 +609,25 @@ def test_parameters_that_cannot_be_shared_are_named():
     coded = DiLoCo(other, sgd(other), sync_every=1, compression="int8")
     with pytest.raises(ConfigError, match=r"state was saved with .* compression none, this run has .* int8: use the"):
         coded.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [(DiLoCo, {}), (DiLoCo, {"compression": "int4"}), (DiLoCo, {"num_fragments": 2}), (SparseLoCo, SPARSE)],
+)
+def test_the_norm_of_a_rounds_progress_is_that_of_the_pseudo_gradient(on_ranks, make, more):
+    def rank_norms(rank, world):
+        parameters, other = parameters_of(), parameters_of()
+        strategy, inner = make(parameters, sgd(parameters), sync_every=4, **more), sgd(other)
+        norms = []
+        for step in range(4):
+            train(strategy, parameters, rank, [step])
+            norms.append(strategy.delta_norm)
+            give_gradients(other, rank, step)
+            inner.step()
+        return norms, float((torch.cat([p.view(-1) for p in parameters_of()]) - torch.from_numpy(values(other))).norm())
+
+    for norms, expected in on_ranks(2, rank_norms):
+        assert norms[:3] == [None] * 3
+        # The second fragment leaves at the end of the round; the first left halfway.
+        assert norms[3] == pytest.approx(expected, rel=1e-5) if "num_fragments" not in more else 0 < norms[3] < expected

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from sparktrain import heartbeat
 from sparktrain.errors import ConfigError, LaunchError, ModelError, SparktrainError
 from sparktrain.train.external import (
     Command,
@@ -259,6 +260,12 @@ def test_what_cannot_be_a_command_is_refused(tmp_path: Path, make: Callable[[], 
 def test_a_round_without_work_is_refused(tmp_path: Path, more: dict[str, Any], message: str) -> None:
     with pytest.raises(SparktrainError, match=message):
         run_inner(BASE, Command(TRAINER), round_of(**more), tmp_path / "work")
+
+
+def test_a_rank_that_waits_for_its_program_says_that_it_does(tmp_path: Path) -> None:
+    heartbeat.at("reads")
+    assert inner("finish()", tmp_path).steps_completed == 3
+    assert heartbeat._here.place == "computes"  # said again every second, or a long round would be a rank that hangs
 
 
 # -- what may not survive -------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from sparktrain.config import RunConfig, Train
 from sparktrain.plan import PlanSpec
 from sparktrain.results import StepRecord
 from sparktrain.rundir import RunDir
-from sparktrain.train import loop, models
+from sparktrain.train import gradients, models
 from sparktrain.train.batch import Batch
 from sparktrain.train.evaluate import token_losses
+from sparktrain.windows import windows
 from tests.conftest import take_steps, tiny_argv
 
 
@@ -100,7 +101,7 @@ def test_fp32_accumulation_loses_nothing_of_bf16_gradients(data: Path, tmp_path:
 
     def error(accumulate_fp32: bool) -> float:
         settings = Train(total_batch=64, micro_batch=1, accumulate_fp32=accumulate_fp32)
-        loop._accumulate_gradients(model, Batch(batch), 1 / 2048, settings)
+        gradients.accumulate(model, Batch(batch), 1 / 2048, settings, token_losses)
         pairs = zip(exact, parameters, strict=True)
         return sum(float((p.grad.double() - e).square().sum()) for e, p in pairs if p.grad is not None) ** 0.5
 
@@ -149,3 +150,23 @@ def test_every_second_is_accounted_for(trained: Callable[..., list[Any]]) -> Non
         assert parts == pytest.approx(record.seconds)
         assert min(record.data_seconds, record.compute_seconds, record.communication_seconds) >= 0
         assert record.tokens == 4 * 32
+
+
+def test_rounds_are_windows_with_the_norm_of_what_a_rank_changed(trained: Callable[..., list[Any]]) -> None:
+    flags = ("--train.steps", "7", "--strategy.kind", "diloco", "--strategy.sync-every", "3")
+    ranks = trained(2, *flags)
+    steps = [{"rank": rank} | record._asdict() for rank, (records, _) in enumerate(ranks) for record in records]
+    rows = windows(steps)
+    assert [(row.window, row.rank, row.first_step, row.steps, row.examples) for row in rows] == [
+        (0, 0, 0, 3, 12),
+        (0, 1, 0, 3, 12),
+        (1, 0, 3, 3, 12),
+        (1, 1, 3, 3, 12),
+        (2, 0, 6, 1, 4),
+        (2, 1, 6, 1, 4),
+    ]
+    assert rows[0].delta_norm is not None
+    assert rows[1].delta_norm is not None
+    assert 0 < rows[0].delta_norm != rows[1].delta_norm > 0  # each rank has gone its own way
+    assert rows[4].delta_norm is rows[5].delta_norm is None  # the end of a run is no end of a round
+    assert [row.steps for row in windows([{"rank": 0} | r._asdict() for r in trained(2)[0][0]])] == [6]

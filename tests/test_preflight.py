@@ -10,7 +10,7 @@ import pytest
 from sparktrain import cli
 from sparktrain.config import Data, RunConfig
 from sparktrain.errors import ConfigError, DataError, LaunchError
-from sparktrain.spark import preflight
+from sparktrain.spark import preflight, sanity
 from tests.conftest import tiny_argv
 
 
@@ -57,11 +57,11 @@ def test_executors_that_differ_are_named() -> None:
     report = {"node": 0, "host": "a", "python": "3.11.7", "packages": packages}
     other = report | {"node": 1, "host": "b", "packages": packages | {"torch": "2"}}
     with pytest.raises(LaunchError, match="executor b has torch 2, executor a has 1"):
-        preflight._check_versions([report, other])
+        sanity.check_versions([report, other])
     with pytest.raises(LaunchError, match="executor b lacks torch"):
-        preflight._check_versions([report, other | {"packages": packages | {"torch": "missing"}}])
+        sanity.check_versions([report, other | {"packages": packages | {"torch": "missing"}}])
     with pytest.raises(LaunchError, match="executor b has sparktrain 9, the driver"):
-        preflight._check_versions([report, other | {"packages": packages | {"sparktrain": "9"}}])
+        sanity.check_versions([report, other | {"packages": packages | {"sparktrain": "9"}}])
 
 
 def test_places_are_resolved_and_mirrors_must_be_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,20 @@ under ``train/strategies``.
 """
 
 from sparktrain.config.data import Data, Skip
-from sparktrain.config.run import Checkpoint, Launch, Model, Run, RunConfig, Schedule, Train
+from sparktrain.config.inner_loop import InnerLoop
+from sparktrain.config.run import Checkpoint, Common, Eval, Launch, Model, Run, RunConfig, Schedule, Train
 from sparktrain.config.section import Section
 from sparktrain.config.strategies import AdamW, Diloco, Distro, Optimizer, Sparseloco, Strategy
 
 __all__ = [
     "AdamW",
     "Checkpoint",
+    "Common",
     "Data",
     "Diloco",
     "Distro",
+    "Eval",
+    "InnerLoop",
     "Launch",
     "Model",
     "Optimizer",

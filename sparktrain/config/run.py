@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparktrain.config.data import Data
+from sparktrain.config.inner_loop import InnerLoop
 from sparktrain.config.section import Section
-from sparktrain.config.strategies import AdamW, Optimizer, Strategy
+from sparktrain.config.strategies import AdamW, Diloco, Optimizer, Sparseloco, Strategy
 
 
 def _directory(value: Any) -> Any:
@@ -63,6 +64,11 @@ class Train(Section):
     """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Clip the gradient to this global norm; 0 leaves it as it is."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a loss is not a number: stop, or leave out that step's update on all ranks (of strategies whose ranks take
+    steps of their own: on that rank)."""
+    max_skipped: int = Field(5, ge=1)
+    """Stop, too, after so many skipped steps in a row."""
 
     @model_validator(mode="after")
     def _ramp_ascends(self) -> "Train":
@@ -101,6 +107,12 @@ class Schedule(Section):
     """warmup-stable-decay: steps of the final linear decay; 0: a fifth of the run."""
 
 
+class Eval(Section):
+    every: int = Field(0, ge=0)
+    """Measure the held-out loss after every so many steps, too, of the weights that ranks share then; 0: before and
+    after training alone."""
+
+
 class Checkpoint(Section):
     every: int = Field(200, ge=0)
     """Save a checkpoint after every so many steps, and after the last; 0: never."""
@@ -124,7 +136,11 @@ class Launch(Section):
     threads: int = Field(0, ge=0)
     """CPU threads per rank; 0: spark.task.cpus, or the machine's cores divided among local ranks."""
     collective_timeout: int = Field(600, ge=1)
-    """Seconds after which a rank that waits for another gives up."""
+    """Seconds after which a rank that waits for another gives up; what is no step, such as loading and saving, may
+    take nine tenths of it."""
+    step_timeout: int = Field(0, ge=0)
+    """Seconds without progress after which a rank hangs and all are started again; 0: 10 times the rank's slowest step,
+    at least 60, where it is silent or computes, and nine tenths of collective_timeout where it reads or waits."""
     grace: float = Field(4.0, ge=0, le=3600)
     """Seconds that ranks have to save a checkpoint when the run is interrupted; then they are ended."""
     max_restarts: int = Field(3, ge=0)
@@ -148,7 +164,9 @@ class Launch(Section):
         return self
 
 
-class RunConfig(Section):
+class Common(Section):
+    """All settings but the strategy: what runs have in common that are compared."""
+
     run: Run = Run()
     """Where the run lives."""
     data: Data = Data()
@@ -161,23 +179,55 @@ class RunConfig(Section):
     """How a gradient becomes a step."""
     schedule: Schedule = Schedule()
     """How the learning rate moves."""
-    strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
-    """How ranks share their progress."""
+    eval: Eval = Eval()
+    """When the held-out loss is measured."""
     checkpoint: Checkpoint = Checkpoint()
     """What is kept to go on from."""
     launch: Launch = Launch()
     """How ranks are started."""
 
     @model_validator(mode="after")
-    def _order_is_possible(self) -> "RunConfig":
+    def _order_is_possible(self) -> "Common":
         if self.data.block > 1 and self.data.order != "shuffle":
             raise ValueError(f"data.block is {self.data.block}, but only data.order shuffle moves blocks: set it to 1")
         if self.data.order == "psyche" and not self.data.psyche_seed and self.run.seed >= 2**32:
             raise ValueError(f"run.seed is {self.run.seed}, Psyche's are below 2^32: set another, or data.psyche_seed")
         return self
 
+    @model_validator(mode="after")
+    def _heldout_data_is_there(self) -> "Common":
+        if self.eval.every and self.data.heldout is None:
+            raise ValueError(f"eval.every is {self.eval.every}, but there is no data to measure: set data.heldout")
+        return self
+
     def identity(self) -> dict[str, Any]:
-        """The settings that make it the same run: all but where it is stored and how launched, logged and reached."""
+        """The settings that make it the same run: all but where it is stored and how launched, logged, reached and
+        when it gives up."""
         reach = {"mirrors", "cache_dir", "cache_bytes"}
-        exclude: Any = {"launch": True, "checkpoint": True, "run": {"dir", "log_every"}, "data": reach}
+        policy = {"on_nonfinite", "max_skipped"}  # what stopped may go on with another
+        exclude: Any = {"train": policy, "launch": True, "checkpoint": True, "eval": True, "data": reach}
+        exclude |= {"run": {"dir", "log_every"}, "inner_loop": {"timeout"}}
         return self.model_dump(mode="json", exclude=exclude)
+
+
+class RunConfig(Common):
+    strategy: Annotated[Strategy, Field(discriminator="kind")] = AdamW()
+    """How ranks share their progress."""
+    inner_loop: InnerLoop = InnerLoop()
+    """A program of yours in place of the ranks' own steps between two syncs."""
+
+    @model_validator(mode="after")
+    def _command_has_rounds(self) -> "RunConfig":
+        if not self.inner_loop.command:
+            return self
+        if not isinstance(self.strategy, Diloco | Sparseloco):
+            raise ValueError(
+                f"inner_loop.command is set, but strategy.kind {self.strategy.kind} syncs in every step: set "
+                "strategy.kind to diloco or sparseloco, or leave inner_loop.command out"
+            )
+        if self.strategy.sync_every == "auto":
+            raise ValueError(
+                "inner_loop.command is set, but strategy.sync_every is auto, which measures steps of the rank's own: "
+                "set strategy.sync_every to the number of steps of a round"
+            )
+        return self

@@ -14,7 +14,7 @@ loader's whole state is one integer.
 from sparktrain.plan.mixture import Source
 from sparktrain.plan.order import Order
 from sparktrain.plan.shuffle import Ints
-from sparktrain.plan.spec import Assignment, PlanSpec, rows, spread_windows
+from sparktrain.plan.spec import Assignment, PlanSpec, rows, spread_windows, windows_at
 from sparktrain.plan.steps import runs_of_steps, slots_of
 from sparktrain.plan.windows import WINDOWS, count_microshards, stride_of, window_length
 
@@ -32,4 +32,5 @@ __all__ = [
     "spread_windows",
     "stride_of",
     "window_length",
+    "windows_at",
 ]

@@ -1,5 +1,6 @@
 """What a plan is a function of, and its rows."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -212,8 +213,14 @@ def spread_windows(shards: list[Shard], sequence_length: int, limit: int) -> lis
     """At most ``limit`` windows over ``shards``, evenly spaced: the same for every rank and number of ranks."""
     spec = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0)
     chosen = np.unique(np.linspace(0, spec.num_microshards - 1, min(limit, spec.num_microshards)).astype(np.int64))
-    which = np.searchsorted(spec.first_microshards, chosen, side="right") - 1
-    nth = chosen - spec.first_microshards[which]
+    return windows_at(shards, sequence_length, chosen)
+
+
+def windows_at(shards: Sequence[Shard], sequence_length: int, microshards: Ints) -> list[tuple[Shard, int]]:
+    """The shard and first token of each of ``microshards``, counted through ``shards``."""
+    firsts = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0).first_microshards
+    which = np.searchsorted(firsts, microshards, side="right") - 1
+    nth = microshards - firsts[which]
     return [
         (shards[s], i * stride_of(shards[s], sequence_length))
         for s, i in zip(which.tolist(), nth.tolist(), strict=True)

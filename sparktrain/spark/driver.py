@@ -7,12 +7,13 @@ from typing import Any
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
+from sparktrain.changes import Changes
 from sparktrain.config import RunConfig
-from sparktrain.errors import DataError, LaunchError
+from sparktrain.errors import Changed, DataError, LaunchError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult
 from sparktrain.rundir import RunDir
-from sparktrain.spark import index, launch, planner, preflight, task
+from sparktrain.spark import index, launch, planner, preflight, sanity, task
 from sparktrain.tokens import check_alike, locate_shards
 from sparktrain.tokens.sources import is_local
 from sparktrain.tokens.sources.reach import opener
@@ -52,7 +53,8 @@ class Prepared:
                 f"bytes      {kind}: payload {moved['payload_bytes']:,}, received {moved['bytes_received']:,} per step "
                 f"and rank, {less}{chosen}"
             )
-        return "\n".join(lines)
+        chosen = self.model["traffic"][self.config.strategy.kind]
+        return "\n".join([*lines, *sanity.table(self.model["rows"], self.config, chosen)])
 
 
 def run(spark: SparkSession, config: RunConfig) -> RunResult:
@@ -70,7 +72,7 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
         prepared = _prepare(spark, config)
         directory.claim(config)
         planner.write_plan(spark, prepared.spec, directory)
-        print(prepared.describe(), flush=True)
+        print(prepared.describe(), *Changes(directory.path).describe(), sep="\n", flush=True)
         return _train(spark, config, directory)
 
 
@@ -112,6 +114,9 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResu
         try:
             return _attempt(spark, config, directory, ranks)
         except LaunchError as error:
+            if error.exit_code == Changed.exit_code:
+                print(error, flush=True)
+                continue
             failures += 1
             without_progress = 0 if directory.checkpoints.latest_step() > progress else without_progress + 1
             if not error.transient or failures > config.launch.max_restarts:
@@ -120,7 +125,8 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir) -> RunResu
                 raise LaunchError(
                     f"{error} ({without_progress} attempts in a row came to no new checkpoint)"
                 ) from error
-            wait = min(60.0, 2.0**failures)
+            # Ranks whose torchrun or executor is gone have their grace: the next ones are not to meet them.
+            wait = max(config.launch.grace, min(60.0, 2.0**without_progress))
             print(f"{error}; restart {failures} of {config.launch.max_restarts} in {wait:.0f} s", flush=True)
             time.sleep(wait)
             ranks = preflight.ranks_left(spark, config)

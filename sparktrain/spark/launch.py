@@ -24,16 +24,16 @@ from pyspark.sql import SparkSession
 from sparktrain.errors import LaunchError
 from sparktrain.results import RankFailure
 from sparktrain.rundir import STOP, RunDir
-from sparktrain.spark import network, task
+from sparktrain.spark import ending, network, task
+from sparktrain.spark.watch import Verdict, hung, watching
 
-for module in (task, network):
+for module in (task, ending, network):
     cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
-
 
 _NO_MEMORY = "out of memory|can't allocate memory"
 _NO_MEMORY_HINT = ": lower train.micro_batch, or set model.gradient_checkpointing"
 # What a file system or a network says that may be well again a moment later.
-_REFUSALS = ("OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "TimeoutError")
+_REFUSALS = ("Changed", "OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "TimeoutError")
 
 
 class _LogSocket(socketserver.ThreadingTCPServer):
@@ -61,7 +61,9 @@ class RankDistributor(TorchDistributor):
 
     def run_ranks(self, job: task.Job) -> None:
         """Run all ranks to their end; raises where one fails."""
-        self._run("sparktrain.worker", task.launch_ranks, job)
+        directory, ranks = RunDir(job.run_dir), range(self.num_processes)
+        heartbeats = tuple(str(directory.heartbeat(job.generation, rank)) for rank in ranks)
+        self._run("sparktrain.worker", task.launch_ranks, job, str(directory.over(job.generation)), heartbeats)
 
     def _run_distributed_training(
         self,
@@ -95,22 +97,33 @@ def launch(spark: SparkSession, job: task.Job, ranks: int, local: bool, use_gpu:
     ranks are stopped before it goes on.
     """
     distributor = RankDistributor(num_processes=ranks, local_mode=local, use_gpu=use_gpu)
+    directory = RunDir(job.run_dir)
+
+    def end(why: str) -> None:
+        directory.end(job.generation, f"{why}; stacks are in {job.log_dir}")
+
     try:
-        with _signals_unwind():
+        heartbeats = [directory.heartbeat(job.generation, rank) for rank in range(ranks)]
+        with _signals_unwind(), watching(directory.config().launch, heartbeats, end) as verdict:
             if local:
                 distributor.run_ranks(job)
             else:
-                _run_cancellable(spark, distributor, job)
+                _run_cancellable(spark, distributor, job, verdict)
     except Exception as error:  # py4j, Spark and TorchDistributor have no common type
-        raise explain(RunDir(job.run_dir), job.generation, error) from error
+        raise explain(directory, job.generation, error) from error
 
 
 def explain(directory: RunDir, generation: int, error: Exception) -> LaunchError:
-    """One error for a failed attempt: the first rank's own words, or how its process ended, or Spark's reason.
+    """One error for a failed attempt: which rank hung, or the first rank's own words, or what process ended and how, or
+    Spark's reason.
 
     A rank's own exception is final, for it would raise it again, and so is a cancelled Spark job. All else, and what
     its operating system refused a rank, is ``transient``.
     """
+    if why := hung(directory.over(generation)):
+        found = LaunchError(why)
+        found.transient = True
+        return found
     found = _explain(directory, generation, error)
     outcomes = directory.outcomes(generation)
     causes = [o.kind for o in outcomes if isinstance(o, RankFailure) and not o.echo]
@@ -125,7 +138,8 @@ def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchErro
     if causes:
         first = causes[0]
         where = f"rank {first.rank} on {first.host} failed: {first.kind}: "
-        hint = _NO_MEMORY_HINT if re.search(_NO_MEMORY, first.message, re.IGNORECASE) else ""
+        no_memory = first.kind == "MemoryError" or re.search(_NO_MEMORY, first.message, re.IGNORECASE)
+        hint = _NO_MEMORY_HINT if no_memory else ""
         found = LaunchError(f"{'' if first.kind == 'Stopped' else where}{first.message}{hint}")
         found.exit_code = first.exit_code if first.exit_code != 1 else LaunchError.exit_code
         return found
@@ -135,13 +149,18 @@ def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchErro
         if rank not in known:
             last = next((line for line in reversed(exit_["tail"]) if line.startswith(f"[rank {rank} ")), "no output")
             return LaunchError(f"rank {rank} on {exit_['host']} {_how(status)}; its last line: {last}")
+    for exit_ in exits:
+        if exit_["launcher"] == "torchrun" and exit_["status"] < 0:
+            return LaunchError(f"torchrun of task {exit_['node']} on {exit_['host']} {_how(exit_['status'])}")
+    if lost := re.search(r"ExecutorLostFailure \(executor (\S+) [^)]*\) Reason: (.*)", str(error)):
+        return LaunchError(f"executor {lost[1]} was lost: {lost[2].rstrip('.')}")
     if failures:
         first = failures[0]
         return LaunchError(f"rank {first.rank} on {first.host} lost the other ranks: {first.message}")
     return LaunchError(f"Spark could not run the ranks: {_reason(error)}")
 
 
-def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: task.Job) -> None:
+def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: task.Job, verdict: Verdict) -> None:
     """Run in a thread of its own: a driver thread that waits inside py4j cannot cancel (its gateway is busy)."""
     context, group = spark.sparkContext, f"sparktrain-{job.run_id}-{job.generation}"
     done, errors = threading.Event(), []
@@ -158,7 +177,8 @@ def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: tas
     InheritableThread(target=run, daemon=True).start()
     try:
         while not done.wait(0.2):
-            pass
+            if verdict.is_ignored():
+                context.cancelJobGroup(group)
     except BaseException:
         with contextlib.suppress(OSError):
             RunDir(job.run_dir).request_path(STOP).touch()
@@ -193,10 +213,12 @@ def _signals_unwind() -> Iterator[None]:
 
 
 def _statuses(exit_: dict[str, Any]) -> list[tuple[int, int]]:
-    """(rank, exit status) of the ranks that a task saw end badly, from torchrun's report or of the process itself."""
+    """(rank, exit status) of the ranks that a task saw end badly: by torchrun's report, or its own where it has started
+    the rank itself."""
     text = "\n".join(exit_["tail"])
     pairs = re.findall(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+)", text)
-    return [(int(rank), int(status)) for rank, status in pairs] or [(int(exit_["node"]), int(exit_["status"]))]
+    direct = exit_["launcher"] == "direct"
+    return [(int(exit_["node"]), int(exit_["status"]))] if direct else [(int(rank), int(s)) for rank, s in pairs]
 
 
 def _how(status: int) -> str:

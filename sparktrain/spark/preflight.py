@@ -5,7 +5,6 @@ Ten silent minutes is what Spark gives a barrier stage with too few slots; these
 
 import json
 import os
-import platform
 import sys
 import time
 from functools import partial
@@ -14,10 +13,9 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from sparktrain import __version__
-from sparktrain.config import Data, RunConfig
-from sparktrain.errors import ConfigError, DataError, LaunchError, ModelError
-from sparktrain.spark import task
+from sparktrain.config import Data, InnerLoop, RunConfig
+from sparktrain.errors import ConfigError, DataError, LaunchError
+from sparktrain.spark import sanity, task
 from sparktrain.spark.scheduling import check_drivers_gpus, check_executors_settings, conf
 from sparktrain.tokens.sources import absolute
 
@@ -37,7 +35,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
         mode = "local" if is_local_master(spark) else "executors"
     if mode == "executors":
         check_executors_settings(spark)
-        slots = _slots(spark, config.launch.ranks)
+        slots = count_slots(spark, config.launch.ranks)
         ranks, threads = config.launch.ranks or slots, int(conf(spark, "spark.task.cpus", "1"))
         if ranks > slots:
             raise ConfigError(
@@ -70,6 +68,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
     values["launch"] |= {"mode": mode, "ranks": ranks, "threads": config.launch.threads or threads}
     values["run"]["dir"] = str(config.run.dir.absolute())
     values["data"] |= _absolute(config.data)
+    values["inner_loop"] |= _program(config.inner_loop)
     if config.model.tokenizer:
         values["model"]["tokenizer"] = str(config.model.tokenizer.absolute())
     local_model = Path(values["model"]["from_pretrained"] or "")
@@ -87,7 +86,7 @@ def ranks_left(spark: SparkSession, config: RunConfig) -> int:
     if config.launch.mode == "local":
         return ranks
     deadline = time.monotonic() + _REPLACEMENT_SECONDS
-    while (slots := _slots(spark)) < ranks and time.monotonic() < deadline:
+    while (slots := count_slots(spark)) < ranks and time.monotonic() < deadline:
         time.sleep(0.5)
     needed = config.launch.min_ranks or ranks
     if slots < needed:
@@ -101,7 +100,8 @@ def ranks_left(spark: SparkSession, config: RunConfig) -> int:
 def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) -> dict[str, Any]:
     """Ask as many executors as there will be ranks (in local mode: this machine) whether they can run ``config``.
 
-    Returns what training the model needs (:func:`sparktrain.train.describe.describe`). Raises the first problem.
+    Returns what training the model needs (:func:`sparktrain.train.describe.describe`), with a row per rank (``rows``).
+    Raises the first problem.
     """
     reports = _probe(spark, config, paths)
     directory = config.run.dir
@@ -124,12 +124,11 @@ def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) ->
             f"run.dir {directory} on executor {unseen[0]['host']} is not the driver's: use a directory that all "
             "executors and the driver share (NFS, /dbfs, /Volumes, ...)"
         )
-    _check_versions(reports)
-    first = next(r for r in reports if r["node"] == 0)
-    if "problem" in first:
-        kind = next((k for k in (ConfigError, DataError, ModelError) if k.exit_code == first["code"]), LaunchError)
-        raise kind(first["problem"])
-    return dict(first["model"])
+    sanity.check_versions(reports)
+    for report in reports:
+        if problem := sanity.problem_of(report):
+            raise problem
+    return dict(reports[0]["model"]) | {"rows": sanity.rows_of(reports, config)}
 
 
 def is_local_master(spark: SparkSession) -> bool:
@@ -165,7 +164,15 @@ def _absolute(data: Data) -> dict[str, Any]:
     return found
 
 
-def _slots(spark: SparkSession, wanted: int = 0) -> int:
+def _program(settings: InnerLoop) -> dict[str, Any]:
+    """Files that the command names, for processes elsewhere; a program to be looked for on the PATH stays a name."""
+    words = [
+        str(Path(w).absolute()) if Path(w).is_file() and (i or "/" in w) else w for i, w in enumerate(settings.command)
+    ]
+    return {"command": words, "module_search_roots": [str(root.absolute()) for root in settings.module_search_roots]}
+
+
+def count_slots(spark: SparkSession, wanted: int = 0) -> int:
     """Barrier tasks the cluster can run at once, known to the JVM; fewer than ``wanted``, or 0, only after waiting for
     executors to register."""
     jvm = spark.sparkContext._jsc.sc()
@@ -185,7 +192,7 @@ def _probe(spark: SparkSession, config: RunConfig, paths: list[str]) -> list[dic
     if config.launch.mode == "local":
         before = list(sys.path)
         try:
-            return [task.probe(*arguments, 0)]
+            return [task.probe(*arguments, 0, looks=True)]
         finally:
             sys.path[:] = before
     config_json, run_dir, readable, imports = arguments
@@ -193,32 +200,3 @@ def _probe(spark: SparkSession, config: RunConfig, paths: list[str]) -> list[dic
     ranks = config.launch.ranks
     rows = spark.range(0, ranks, 1, ranks).mapInArrow(ask, "report string", barrier=True).collect()
     return sorted((json.loads(row.report) for row in rows), key=lambda r: int(r["node"]))
-
-
-def _check_versions(reports: list[dict[str, Any]]) -> None:
-    """All executors alike, and like the driver where the driver takes part (python, sparktrain)."""
-    first = reports[0]
-    for report in reports:
-        host = report["host"]
-        missing = [name for name, version in report["packages"].items() if version == "missing"]
-        if missing:
-            raise LaunchError(
-                f"executor {host} lacks {', '.join(missing)}: install it there, or ship an environment (spark.archives)"
-            )
-        if report["packages"]["sparktrain"] != __version__:
-            raise LaunchError(
-                f"executor {host} has sparktrain {report['packages']['sparktrain']}, the driver {__version__}: "
-                "install the same wheel on both"
-            )
-        for name, version in {**report["packages"], "python": report["python"]}.items():
-            other = {**first["packages"], "python": first["python"]}[name]
-            if version != other:
-                raise LaunchError(
-                    f"executor {host} has {name} {version}, executor {first['host']} has {other}: "
-                    "install the same on all executors"
-                )
-    if first["python"].rsplit(".", 1)[0] != platform.python_version().rsplit(".", 1)[0]:
-        raise LaunchError(
-            f"executors run Python {first['python']}, the driver {platform.python_version()}: "
-            "set PYSPARK_PYTHON to the same"
-        )

@@ -6,14 +6,12 @@ does not find them. So this module imports the standard library at the top and e
 """
 
 import collections
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparktrain.spark.ending import die_with_parent, stop, with_attempt
 from sparktrain.spark.network import interface_to, meeting_file, own_address
 
 _TAIL_LINES = 40
@@ -51,8 +50,9 @@ class Job:
     grace: float
 
 
-def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
-    """Run ``python -m module job.run_dir`` as this task's ranks, until all have ended.
+def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str, heartbeats: tuple[str, ...]) -> None:
+    """Run ``python -m module job.run_dir`` as this task's ranks, until all have ended, or file ``over`` says that the
+    attempt has. ``heartbeats``: the files in which ranks say where they are, by rank.
 
     Stands where TorchDistributor's ``_run_training_on_pytorch_file`` stood: called in a barrier task, or in the
     driver in local mode. Streams the ranks' lines to the driver as ``[rank 3 host]``. Raises RuntimeError where
@@ -77,13 +77,15 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=die_with_parent if sys.platform == "linux" else None,
     )
+    mine = heartbeats[node * per_node : (node + 1) * per_node]
     try:
-        tail = _pump(child, prefix, input_params.get("log_streaming_client"))
-        child.wait()
+        with with_attempt(child, job.run_dir, over, mine):
+            tail = _pump(child, prefix, input_params.get("log_streaming_client"))
+            child.wait()
     finally:
-        _stop(child, job.grace)
+        stop(child, job.grace)
         with suppress(OSError):
             os.unlink(meeting)
     if child.returncode != 0:
@@ -121,6 +123,7 @@ def _environment(job: Job, master: str) -> dict[str, str]:
         "OMP_NUM_THREADS": str(job.threads),
         "SPARKTRAIN_GENERATION": str(job.generation),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torchrun's listens everywhere; ranks have their own (world.py)
+        "SPARKTRAIN_TASK": str(os.getpid()),
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[rank ${{rank}} {socket.gethostname()}] ",
     }
 
@@ -150,35 +153,25 @@ def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]
     return [line for tail in tails.values() for line in tail]
 
 
-def _stop(child: subprocess.Popen[bytes], grace: float) -> None:
-    """End the process group, by SIGTERM and after ``grace`` by SIGKILL. Ranks are in sessions of torchrun's making;
-    they follow it by their parent-death signal (``worker.py``)."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if child.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(grace)
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
     sys.path[:] = _import_path(job.import_path)
+    from sparktrain.redaction import hidden
     from sparktrain.rundir import RunDir
 
-    RunDir(job.run_dir).write_exit(
-        job.generation, {"node": node, "host": socket.gethostname(), "status": status, "tail": tail}
-    )
+    exit_ = {
+        "node": node,
+        "host": socket.gethostname(),
+        "launcher": job.launcher,
+        "status": status,
+        "tail": [hidden(line) for line in tail],
+    }
+    RunDir(job.run_dir).write_exit(job.generation, exit_)
 
 
 def probe(
-    config_json: str, run_dir: str, paths: tuple[str, ...], import_path: tuple[str, ...], node: int
+    config_json: str, run_dir: str, paths: tuple[str, ...], import_path: tuple[str, ...], node: int, looks: bool
 ) -> dict[str, Any]:
-    """What one executor looks like to a run; task 0 also reports on the model (``worker --describe``).
+    """What one executor looks like to a run; one that ``looks`` also tries out the model (``worker --describe``).
 
     ``problem`` is an error line with its exit code ``code``, where the model or a path cannot be used.
     """
@@ -193,7 +186,7 @@ def probe(
         report["unwritable"] = ""
     except OSError as error:
         report["unwritable"] = str(error.strerror)
-    if node == 0:
+    if looks:
         asked = subprocess.run(
             [sys.executable, "-m", "sparktrain.worker", "--describe"],
             input=config_json,
@@ -219,7 +212,9 @@ def probe_partition(
 
     for _ in batches:
         pass
-    report = probe(config_json, run_dir, paths, import_path, BarrierTaskContext.get().partitionId())
+    context = BarrierTaskContext.get()
+    hosts, node = [info.address.rpartition(":")[0] for info in context.getTaskInfos()], context.partitionId()
+    report = probe(config_json, run_dir, paths, import_path, node, looks=hosts.index(hosts[node]) == node)
     yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 
 

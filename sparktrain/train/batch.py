@@ -6,7 +6,9 @@ Shapes: n = sequences, L = tokens of a window, S = L - 1.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -39,6 +41,11 @@ class Batch:
         if self.labels is None:
             return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
         return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def arrays(self) -> "dict[str, np.ndarray[Any, Any]]":
+        """What there is of it, by name."""
+        named = zip(("tokens", "labels", "position_ids"), self._parts(), strict=True)
+        return {name: part.numpy() for name, part in named if part is not None}
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if t is None else t.to(device) for t in self._parts()))  # type: ignore[arg-type]

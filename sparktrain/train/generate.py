@@ -1,4 +1,4 @@
-"""Sample text from a trained model: a run directory or any Hugging Face directory."""
+"""Sample text from a trained model: a run, a checkpoint, or any Hugging Face directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,20 +9,22 @@ import torch
 from pydantic import Field
 from transformers import TextIteratorStreamer
 
+from sparktrain import trained
 from sparktrain.config import Section
 from sparktrain.errors import ConfigError, ModelError
-from sparktrain.train.pretrained import load_tokenizer, pretrained
-from sparktrain.train.weight_files import weight_files
+from sparktrain.train import models
+from sparktrain.train.pretrained import load_tokenizer
 
 # Of a model that knows no limit.
 _LONGEST = 2**20
 
 
 class Generate(Section):
-    """Sample text from a run or a model directory."""
+    """Sample text from a run, a checkpoint or a model directory."""
 
     model: Path
-    """Run directory, or any Hugging Face model directory with a tokenizer."""
+    """Run directory (of a run that is not finished: its newest checkpoint), checkpoint, or Hugging Face directory; with
+    a tokenizer."""
     prompt: str = Field(min_length=1)
     """Text to go on from."""
     max_new_tokens: int = Field(128, ge=1)
@@ -38,18 +40,14 @@ class Generate(Section):
 def generate(settings: Generate) -> Iterator[str]:
     """Pieces of text as they are sampled after the prompt, which comes first.
 
-    Raises :class:`ModelError` where ``settings.model`` holds no finished run and no model directory, or no tokenizer.
+    Raises :class:`ModelError` where ``settings.model`` is none of these, or has no tokenizer.
     """
-    path = settings.model
-    directory = path / "model" if (path / "model" / "config.json").exists() else path
-    for needed, what in (("config.json", "no finished run and no model directory"), ("tokenizer.json", "no tokenizer")):
-        if not (directory / needed).exists():
-            raise ModelError(
-                f"{path} holds {what}: expected {directory / needed}; give a finished run or a model directory"
-            )
-    weight_files(directory)
-    tokenizer = load_tokenizer(directory)
-    model: Any = pretrained(directory).eval()  # type: ignore[no-untyped-call]
+    path, directory = settings.model, trained.find(settings.model).directory
+    if not (directory / "tokenizer.json").exists():
+        raise ModelError(
+            f"{path} holds no tokenizer: expected {directory / 'tokenizer.json'}; put the model's own there"
+        )
+    model, tokenizer = models.load(directory), load_tokenizer(directory)
     torch.manual_seed(settings.seed)
     streamer = TextIteratorStreamer(tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}

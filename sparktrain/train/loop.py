@@ -3,17 +3,15 @@
 Shapes: B_ = sequences of this rank in a step, M_ = of one micro-batch, S = sequence length, V = vocabulary.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints
-from sparktrain.config import RunConfig, Train
-from sparktrain.errors import ConfigError, DataError, Stopped
+from sparktrain import failpoints, heartbeat
+from sparktrain.config import RunConfig
+from sparktrain.errors import Changed, ConfigError
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, StepRecord
 from sparktrain.rundir import RunDir
@@ -22,10 +20,15 @@ from sparktrain.train import checkpoint, models, speed
 from sparktrain.train.batch import Batch, check_separates
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.external_rounds import Rounds, hand_over
+from sparktrain.train.gradients import accumulate, clip, skip, targets_of
+from sparktrain.train.live import Live
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
 from sparktrain.train.world import World, start_world
+
+_BYTES = ("payload_bytes", "bytes_sent", "bytes_received")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Training:
     world: World
     model: PreTrainedModel
     strategy: Strategy
+    live: Live
     requests: Requests
+    rounds: Rounds | None = None
 
 
 def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
@@ -52,13 +57,18 @@ def train(directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int)
 def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec, generation: int) -> RankResult:
     """Train by the plan ``spec`` in ``directory``, from the newest checkpoint there, as attempt ``generation``; rank 0
     also writes the trained model."""
+    heartbeat.at("loads")
     failpoints.reach("start", rank=world.rank, generation=generation)
     start = checkpoint.choose(directory, world)
+    first_step = start.step if start else 0
+    live = Live(directory.path, config, world, first_step)
+    config = live.at(first_step)
     model = models.build(config, world, directory.checkpoints.directory(start.name) if start else None)
     if spec.packed:
         check_separates(model)
     kind = STRATEGIES[config.strategy.kind]
     strategy = kind.build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
+    rounds = hand_over(model, strategy, config, spec, directory.run_id, world)
     _say(world, f"{model.num_parameters():,} parameters, {config.strategy.kind}")
     if start is None:
         before = heldout_loss(model, config, world)
@@ -66,82 +76,132 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     else:
         before = start.values["heldout_before"]
         checkpoint.restore(directory, start, strategy, world)
+        strategy.retune(config.optimizer, config.strategy)  # a change may count from this very step on
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
-    training = Training(directory, config, spec, world, model, strategy, Requests(directory, world, strategy.local))
+    skipped = config.train.max_skipped if config.train.on_nonfinite == "skip" else 0
+    requests = Requests(directory, world, strategy.local and not rounds, live.waits, skipped)
+    training = Training(directory, config, spec, world, model, strategy, live, requests, rounds)
     with checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver:
-        records, first_step_at = _run(training, saver, start.step if start else 0)
-    if training.requests.asked.stop:
-        done = records[-1].step + 1
-        raise Stopped(f"stopped after step {done} of {spec.steps}, as asked; the same command goes on from there")
+        records, first_step_at = _run(training, saver, first_step)
+    if requests.asked.stop:
+        raise requests.stopped(records[-1].step + 1, spec.steps)
+    heartbeat.at("saves", spec.steps)
     failpoints.reach("trained", rank=world.rank, generation=generation)
-    strategy.sync()
+    _sync(strategy, records)
     after = heldout_loss(model, config, world)
     digest = models.digest(model)
+    heartbeat.at("saves")
     if world.rank == 0:
         models.save(model, config, directory.model)
     failpoints.reach("saved", rank=world.rank, generation=generation)
     _say(world, f"finished: held-out loss {_number(after)}, parameters {digest[:16]}")
-    return RankResult(
-        rank=world.rank,
-        world=world.size,
-        host=world.host,
-        records=records,
-        digest=digest,
-        num_parameters=model.num_parameters(),
-        heldout_before=before,
-        heldout_after=after,
-        first_step_at=first_step_at,
-        resumed_from=start.name if start else None,
-    )
+    resumed_from, size = start.name if start else None, model.num_parameters()
+    where = (world.rank, world.size, world.host)
+    return RankResult(*where, records, digest, size, before, after, first_step_at, resumed_from)
 
 
 def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int) -> tuple[list[StepRecord], float]:
     """Every step from ``first_step`` on, with checkpoints, or until it is to stop; the records, and when the first step
     ended."""
-    config, spec, requests = training.config, training.spec, training.requests
-    records, first_step_at, every = [], 0.0, config.checkpoint.every
-    with requests.heeding_sigterm(config.launch.grace):
-        for record in _steps(training, first_step):
-            records.append(record)
+    spec, live, requests = training.spec, training.live, training.requests
+    records, first_step_at = [], 0.0
+    with requests.heeding_sigterm(training.config.launch.grace):
+        for turn in _turns(training, first_step):
             first_step_at = first_step_at or time.time()
-            done = record.step + 1
-            if record.step == first_step or done % config.run.log_every == 0:
-                _say(training.world, _line(record, spec))
-            if requests.asked.save or (every and (done % every == 0 or done == spec.steps)):
+            begun, done = turn[0].step, turn[-1].step + 1
+            config = live.at(done - 1)
+            if done < spec.steps and _due(config.eval.every, begun, done):
+                turn[-1] = _measured(training, turn[-1])
+            records += turn
+            again = requests.asked.change and live.take(done)
+            if begun == first_step or _due(config.run.log_every, begun, done):
+                _say(training.world, _line(turn[-1], spec))
+            heartbeat.at("saves")
+            every = config.checkpoint.every
+            if requests.asked.save or again or _due(every, begun, done) or (every and done == spec.steps):
                 saver.save(done, training.model, training.strategy, records)
             if requests.asked.save:
                 saver.wait()
                 requests.met()
             if requests.asked.stop:
                 break
+            if again:
+                saver.wait()
+                raise Changed(f"settings changed after step {done}: ranks start again with them")
     return records, first_step_at
+
+
+def _turns(training: Training, first_step: int) -> Iterator[list[StepRecord]]:
+    """Records of the steps after which there is a state to save: of every one, or of all in a program's round."""
+    if training.rounds is None:
+        yield from ([record] for record in _steps(training, first_step))
+    else:
+        speeds, batches = _batches(training, first_step)
+        yield from training.rounds.records(first_step, batches, speeds, training.live.at, training.requests.agree)
+
+
+def _due(every: int, begun: int, done: int) -> bool:
+    """Whether what is done every so many steps, or never, is due after step ``begun`` and those up to ``done``."""
+    return every > 0 and done // every > begun // every
+
+
+def _batches(training: Training, first_step: int) -> tuple[tuple[float, ...], Iterator[Batch]]:
+    """What ranks' shares are by, and this rank's batches from ``first_step`` on."""
+    config, spec, world = training.config, training.spec, training.world
+    shards = opener(config.data, known(spec.shards))
+    speeds = speed.of_ranks(training.model, config, spec, world)
+    return speeds, iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+
+
+def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
+    """Bring ranks together at the end of the run, at the cost of the last step."""
+    before = vars(strategy.traffic).copy()
+    strategy.sync()
+    if records:
+        last, now = records[-1], vars(strategy.traffic)
+        records[-1] = last._replace(**{name: getattr(last, name) + now[name] - before[name] for name in _BYTES})
+
+
+def _measured(training: Training, record: StepRecord) -> StepRecord:
+    """``record`` with the held-out loss of the weights that all ranks share; none of them changes."""
+    loss = heldout_loss(training.model, training.config, training.world, training.strategy.extract())
+    _say(training.world, f"step {record.step + 1}/{training.spec.steps}  held-out loss {_number(loss)}")
+    return record._replace(heldout_loss=loss)
 
 
 def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
-    strategy, requests = training.strategy, training.requests
-    shards = opener(config.data, known(spec.shards))
-    speeds = speed.of_ranks(model, config, spec, world)
-    batches = iter(Batches(training.directory, spec, world.rank, world.size, first_step, speeds, shards))
+    strategy, live, requests = training.strategy, training.live, training.requests
+    _, batches = _batches(training, first_step)
     for step in range(first_step, spec.steps):
+        if (now := live.at(step)) is not config:
+            config = now
+            strategy.retune(config.optimizer, config.strategy)
         began = time.perf_counter()
+        heartbeat.at("reads", step)
         batch = next(batches)
         failpoints.reach("batch", rank=world.rank, step=step)
         loaded, traffic_before = time.perf_counter(), vars(strategy.traffic).copy()
         lr = lr_at(step, config.schedule, config.optimizer.lr, spec.steps)
         # What a strategy makes of gradients scaled so is in its contract.
-        scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / _targets(batch, step, spec, world)
-        loss_sum = _accumulate_gradients(model, batch.to(world.device), scale, config.train)
+        scale = 1 / max(1, batch.num_targets) if strategy.local else world.size / targets_of(batch, step, spec, world)
+        loss_sum = accumulate(model, batch.to(world.device), scale, config.train, token_losses)
         failpoints.reach("gradient", rank=world.rank, step=step)
         asked = requests.agree(step, loss_sum)
-        strategy.average_gradients()
-        norm = _clip(model, config.train.max_grad_norm)
-        strategy.step(lr, batch.num_targets)
+        updating = time.perf_counter()
+        heartbeat.at("updates")
+        if asked.skip:
+            norm = skip(model, strategy, lr)
+        else:
+            strategy.average_gradients()
+            norm = clip(model, config.train.max_grad_norm)
+            strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
+        optimizer_seconds = ended - updating - moved["seconds"]
         moved["seconds"] += asked.seconds
         yield StepRecord(
             step=step,
@@ -156,42 +216,10 @@ def _steps(training: Training, first_step: int = 0) -> Iterator[StepRecord]:
             payload_bytes=int(moved["payload_bytes"]),
             bytes_sent=int(moved["bytes_sent"]),
             bytes_received=int(moved["bytes_received"]),
+            optimizer_seconds=optimizer_seconds,
+            examples=len(batch.tokens),
+            delta_norm=strategy.delta_norm,
         )
-
-
-def _targets(batch: Batch, step: int, spec: PlanSpec, world: World) -> int:
-    """Targets of the global batch. Known from the plan where every token is one, which all ranks see alike; else the
-    ranks' counts are added up."""
-    if not spec.leaves_targets_out:
-        return spec.target_tokens(step)
-    targets = int(world.sum(batch.num_targets)[0])
-    if not targets:
-        raise DataError(f"the batch of step {step} has no target, labels leave all its tokens out: use other data")
-    return targets
-
-
-def _accumulate_gradients(model: PreTrainedModel, batch: Batch, scale: float, settings: Train) -> float:
-    """Leave in ``.grad`` the gradient of ``scale`` times the summed token losses; returns the sum of losses."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    model.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
-    exact = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if settings.accumulate_fp32 else []
-    for part in batch.split(settings.micro_batch):
-        loss = token_losses(model, part, settings.autocast)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-        for sum_so_far, parameter in zip(exact, parameters, strict=False):
-            if parameter.grad is not None:
-                sum_so_far += parameter.grad
-                parameter.grad = None
-    for sum_so_far, parameter in zip(exact, parameters, strict=False):
-        parameter.grad = sum_so_far.to(parameter.dtype)
-    return float(total)
-
-
-def _clip(model: PreTrainedModel, max_norm: float) -> float:
-    """Global norm of the gradient, which is then clipped to ``max_norm`` (0: not)."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf))
 
 
 def _line(record: StepRecord, spec: PlanSpec) -> str:

@@ -68,13 +68,24 @@ def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Pr
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     for tensor in [*model.parameters(), *model.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
-    _check_causal(model)
+    check_causal(model)
     model.train()
     return model
 
 
+def load(directory: Path) -> Any:
+    """The model in a Hugging Face directory as it was stored, in evaluation mode, on the CPU.
+
+    Raises :class:`ModelError` for files that are damaged, and where some are missing: what they lack would be drawn at
+    random.
+    """
+    weight_files(directory)
+    model: Any = pretrained(directory, dtype="auto")
+    return model.eval()
+
+
 @torch.no_grad()
-def _check_causal(model: PreTrainedModel) -> None:
+def check_causal(model: PreTrainedModel) -> None:
     """:class:`ConfigError` where a token's prediction depends on what follows it: its loss would fall to nothing."""
     length = min(8, getattr(model.config, "max_position_embeddings", None) or 8)
     tokens = torch.zeros(2, length, dtype=torch.int64, device=model.device)

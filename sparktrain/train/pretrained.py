@@ -32,7 +32,8 @@ def pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
             f"model {source} has {name} of shape {list(here)}, by its config.json {list(there)}: they are of two models"
         )
     if lost := sorted(found["missing_keys"]):
-        raise ModelError(f"model {source} lacks {len(lost)} of its tensors, the first is {lost[0]}: copy it whole")
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelError(f"model {source} lacks the weights of {lost[0]}{more}: it was not copied whole")
     return model
 
 

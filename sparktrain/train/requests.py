@@ -3,8 +3,10 @@
 All must do the same in the same step, so what any of them was told is shared in one small all-reduce: in every step,
 or, where ranks take steps of their own that nobody should wait for, in every tenth.
 
-A run is asked by a file in its directory, ``SAVE`` or ``STOP``, or by SIGTERM to any of its ranks, which is what a
-cluster manager sends before it takes a machine away.
+A run is asked by a file in its directory, ``SAVE``, ``STOP`` or a change of settings, or by SIGTERM to any of its
+ranks, which is what a cluster manager sends before it takes a machine away. A rank whose parent process is gone, with
+its executor or its torchrun, asks the same in its last seconds; but nobody wanted that run to end, so it is to be
+started again.
 """
 
 import math
@@ -12,11 +14,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from sparktrain.errors import Diverged
+from sparktrain import heartbeat
+from sparktrain.errors import Diverged, Orphaned, SparktrainError, Stopped
 from sparktrain.parent import follow_parent
 from sparktrain.rundir import SAVE, STOP, RunDir
 from sparktrain.train.world import World
@@ -25,39 +28,74 @@ _EVERY_OF_LOCAL_STEPS = 10
 
 
 class Asked(NamedTuple):
-    """What to do after this step; ``seconds``: waited for the others to say so."""
+    """What to do after this step; ``seconds``: waited for the others to say so. ``orphan``: to stop because that rank's
+    parent is gone. ``skip``: leave out its update."""
 
     save: bool = False
     stop: bool = False
+    change: bool = False
     seconds: float = 0.0
+    orphan: int | None = None
+    skip: bool = False
 
 
 class Requests:
-    """Those to the run in ``directory``. ``local``: its ranks take steps of their own."""
+    """Those to the run in ``directory``. ``local``: its ranks take steps of their own; ``waits``: whether a change of
+    settings does, as far as this rank knows. ``max_skipped``: steps in a row whose loss may be no number and which are
+    skipped."""
 
-    def __init__(self, directory: RunDir, world: World, local: bool) -> None:
-        self._directory, self._world = directory, world
+    def __init__(
+        self, directory: RunDir, world: World, local: bool, waits: Callable[[], bool], max_skipped: int = 0
+    ) -> None:
+        self._directory, self._world, self._change_waits = directory, world, waits
+        self._local, self._max_skipped, self._skipped = local, max_skipped, 0
         self._every = _EVERY_OF_LOCAL_STEPS if local else 1
-        self._terminated = threading.Event()
+        self._terminated, self._parent = threading.Event(), os.getppid()
         self.asked = Asked()
 
     def agree(self, step: int, loss_sum: float) -> Asked:
         """What all ranks do after ``step``, kept in ``asked`` too. ``Diverged``, before anything is updated, where a
         loss is not a number."""
+        heartbeat.at("agrees")
         world, finite = self._world, math.isfinite(loss_sum)
         due = step % self._every == self._every - 1
-        stop = due and (self._told(STOP) or self._terminated.is_set())
-        said, seconds = [0.0 if finite else world.rank + 1.0, float(due and self._told(SAVE)), float(stop)], 0.0
+        told, ended = due and self._told(STOP), due and self._terminated.is_set()
+        orphan = ended and os.getppid() != self._parent
+        asked = [due and self._told(SAVE), told or (ended and not orphan), due and self._change_waits()]
+        said = [0.0 if finite else world.rank + 1.0, world.rank + 1.0 if orphan else 0.0, *map(float, asked)]
+        seconds = 0.0
         if due and world.size > 1:
             began = time.perf_counter()
             said = world.largest(*said)
             seconds = time.perf_counter() - began
-        bad, save, stop = int(said[0]), said[1] > 0, said[2] > 0
-        if bad:
-            which = f"{loss_sum} in step {step}" if not finite else f"not a number in step {step}"
-            raise Diverged(f"loss is {which} on rank {bad - 1}: lower optimizer.lr or check the data")
-        self.asked = Asked(save or stop, stop, seconds)
+        bad, lost, (save, stop, change) = int(said[0]), int(said[1]), (value > 0 for value in said[2:])
+        skip = self._skips(step, loss_sum, bad - 1) if bad else False
+        if not skip:
+            self._skipped = 0
+        stopping, orphan_rank = stop or lost > 0, lost - 1 if lost and not stop else None
+        self.asked = Asked(save or stopping, stopping, change, seconds, orphan_rank, skip)
         return self.asked
+
+    def _skips(self, step: int, loss_sum: float, rank: int) -> bool:
+        """Whether this rank leaves out the update of ``step``, in which the loss of ``rank`` is not a number."""
+        finite = math.isfinite(loss_sum)
+        what = f"{'not a number' if finite else loss_sum} in step {step} on rank {rank}"
+        if self._max_skipped and self._local and finite:
+            return False  # another rank's step of its own
+        if self._skipped >= self._max_skipped:
+            after = f" and {self._skipped} before it" if self._skipped else ""
+            raise Diverged(f"loss is {what}{after}: lower optimizer.lr or check the data")
+        self._skipped += 1
+        if rank == self._world.rank:
+            print(f"loss is {what}: skipped ({self._skipped} of {self._max_skipped} in a row)", flush=True)
+        return True
+
+    def stopped(self, done: int, steps: int) -> SparktrainError:
+        """What the run ends with that was asked to stop after ``done`` of ``steps``."""
+        where = f"after step {done} of {steps}"
+        if self.asked.orphan is not None:
+            return Orphaned(f"what started rank {self.asked.orphan} is gone: ended with a checkpoint {where}")
+        return Stopped(f"stopped {where}, as asked; the same command goes on from there")
 
     def met(self) -> None:
         """What was asked for is done."""
@@ -75,22 +113,25 @@ class Requests:
         # never returns; the number of a signal is in the pipe at once.
         read, write = os.pipe()
         os.set_blocking(write, False)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        # SIGCONT, of our parent's end: a rank that is stopped then gets no other that it can handle.
+        heeded = (signal.SIGTERM, signal.SIGCONT)
+        before = {number: signal.signal(number, lambda number, frame: None) for number in heeded}
         wakeup = signal.set_wakeup_fd(write)
         watcher = threading.Thread(target=self._heed, args=(read, grace), daemon=True)
         watcher.start()
-        follow_parent(signal.SIGTERM)
+        follow_parent(signal.SIGCONT)
         try:
             yield
         finally:
             follow_parent()
             signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             os.close(write)
 
     def _heed(self, pipe: int, grace: float) -> None:
         while number := os.read(pipe, 1):
-            if number[0] == signal.SIGTERM:
+            if number[0] == signal.SIGTERM or os.getppid() != self._parent:
                 self._terminated.set()
                 last_resort = threading.Timer(grace, os._exit, [128 + signal.SIGTERM])
                 last_resort.daemon = True

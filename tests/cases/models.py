@@ -136,7 +136,7 @@ def shorter(tensors: dict[str, Any]) -> None:
 TORN = raw("model.safetensors", lambda c: c[:5000])
 BROKEN = [
     # name, change, what all jobs say of it
-    ("without config", without("config.json"), "config.json"),
+    ("without config", without("config.json"), "config.json|no checkpoint and no model"),
     ("config torn", raw("config.json", lambda c: c[:40]), "config.json|no valid JSON|cannot be loaded"),
     ("config a list", raw("config.json", lambda c: b"[]"), "cannot be loaded"),
     ("of an unknown type", settings(model_type="nothing-known"), "nothing-known|cannot be loaded"),
@@ -226,7 +226,7 @@ DESCRIBE = [
 
 GENERATE = [
     *(Case(f"model {name}", sample(change), 4, message, "generate") for name, change, message in BROKEN),
-    Case("model gone", sample(gone), 4, "model holds no finished run and no model directory: expected", "generate"),
+    Case("model gone", sample(gone), 4, "model is no directory: give a run directory", "generate"),
     Case("without tokenizer", sample(without("tokenizer.json")), 4, "model holds no tokenizer: expected", "generate"),
     Case(
         "tokenizer torn",

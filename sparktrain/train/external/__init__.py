@@ -22,13 +22,19 @@ from sparktrain.train.external.inner import (
     micro_epoch,
     run_inner,
 )
+from sparktrain.train.external.process import search_path
+from sparktrain.train.external.trainer import StepData, Trainer, command_of
 
 __all__ = [
     "Command",
     "InnerResult",
     "InnerRound",
     "StateBlob",
+    "StepData",
+    "Trainer",
     "cached_microshard_group",
+    "command_of",
     "micro_epoch",
     "run_inner",
+    "search_path",
 ]

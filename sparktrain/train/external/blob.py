@@ -7,6 +7,8 @@ import numpy as np
 
 from sparktrain.errors import ModelError
 
+_PIECE = 1 << 20
+
 
 @dataclass(frozen=True)
 class StateBlob:
@@ -32,12 +34,13 @@ class StateBlob:
 
 def _content_id(encoding: str, data: bytes) -> str:
     text = encoding.encode()
-    numbers = np.frombuffer(data, np.uint8)
-    # CBOR writes a number below 24 as one byte and another one as 0x18 and the byte.
-    wide = numbers >= 24
-    both = np.stack([np.full_like(numbers, 0x18), numbers], axis=1)
-    array = both[np.stack([wide, np.ones_like(wide)], axis=1)].tobytes()
-    sha = hashlib.sha256(b"\x82" + _head(3, len(text)) + text + _head(4, len(data)) + array)
+    sha = hashlib.sha256(b"\x82" + _head(3, len(text)) + text + _head(4, len(data)))
+    for begin in range(0, len(data), _PIECE):
+        numbers = np.frombuffer(data, np.uint8)[begin : begin + _PIECE]
+        # CBOR writes a number below 24 as one byte and another one as 0x18 and the byte.
+        wide = numbers >= 24
+        both = np.stack([np.full_like(numbers, 0x18), numbers], axis=1)
+        sha.update(both[np.stack([wide, np.ones_like(wide)], axis=1)].tobytes())
     return f"1220{sha.hexdigest()}"
 
 

@@ -28,7 +28,7 @@ class Command:
         env: set over everything else in its environment.
         module_search_roots: directories put first on its ``PYTHONPATH``.
         timeout: seconds a round may take.
-        require_exact_steps: a result with another number of steps than asked for is an error.
+        require_exact_steps: a result with another number of steps than asked for is an error; one with none always is.
         state_dict_filter: which tensors it trains; the others stay the base's.
 
     Raises :class:`ConfigError` for what cannot be a command.
@@ -113,7 +113,7 @@ def run_inner(base: Mapping[str, Tensor], command: Command, round: InnerRound, w
         )
         result = _read_result(Path(job["result_manifest_path"]), round)
         steps = result["steps_completed"]
-        if command.require_exact_steps and steps != round.num_inner_steps:
+        if steps != round.num_inner_steps and (command.require_exact_steps or not steps):
             raise LaunchError(f"{round} completed {steps} step(s), requested {round.num_inner_steps}")
         state = _trained(
             Path(result.get("local_parameter_pack_path") or directory / "local-parameters"), base, command, round

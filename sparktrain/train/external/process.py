@@ -5,13 +5,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sparktrain import heartbeat
 from sparktrain.errors import ConfigError, LaunchError
 
 _GRACE_SECONDS = 2.0
+_BEAT_SECONDS = 1.0
 _TAIL_BYTES = 4000
 
 # A rank may be killed at any moment, and a parent-death signal reaches its children but not theirs. This process holds
@@ -46,8 +49,7 @@ def run(argv: Sequence[str], environment: Mapping[str, str], timeout: float, err
             raise ConfigError(f"{name}: {program} cannot be run: {error.strerror}; make it executable") from None
     try:
         with _guarded(child.pid):
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(timeout)
+            _wait(child, timeout)
             status = child.poll()
             _stop(child)  # while guarded: it may take the grace
     finally:
@@ -72,6 +74,17 @@ def environment_of(roots: Sequence[str], more: Mapping[str, str]) -> dict[str, s
     return kept | ({"PYTHONPATH": path} if path else {}) | dict(more)
 
 
+def search_path() -> str:
+    """PATH for a command: "python" is the one that this process runs in."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def own_device(index: int) -> dict[str, str]:
+    """What makes GPU ``index`` of this process the only one of a command: its number 0."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
+
+
 @contextmanager
 def _guarded(group: int) -> Iterator[None]:
     """While this holds, the process group ends with this process, however that ends."""
@@ -91,6 +104,15 @@ def _guarded(group: int) -> Iterator[None]:
         sentry.kill()
         sentry.wait()
         sentry.stdin.close()
+
+
+def _wait(child: subprocess.Popen[bytes], timeout: float) -> None:
+    """Until the command ends, or its time is up. This rank does not hang meanwhile, and says so."""
+    deadline = time.monotonic() + timeout
+    while child.poll() is None and (left := deadline - time.monotonic()) > 0:
+        heartbeat.at("computes")
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(min(left, _BEAT_SECONDS))
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,5 @@
-"""The strategy table: a new strategy is one file beside this one, one row here and one section in ``sections.py``."""
+"""The strategy table: a new strategy is one file beside this one, one row here and one section in
+``sparktrain/config/strategies.py``."""
 
 from sparktrain.train.strategies import allreduce, diloco, distro, sparseloco
 from sparktrain.train.strategies.contract import Strategy, StrategyKind, Traffic

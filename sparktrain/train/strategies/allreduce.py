@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from sparktrain.config import AdamW, Optimizer
+from sparktrain.train.strategies import inner
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.inner import adamw
 
 
 class AllReduceAdamW:
@@ -26,6 +26,7 @@ class AllReduceAdamW:
     """
 
     local = False
+    delta_norm = None
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class AllReduceAdamW:
         settings: Optimizer,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.optimizer = adamw(parameters, settings)
+        self.optimizer = inner.adamw(parameters, settings)
         self.traffic = Traffic()
         self._named = {name: p for name, p in parameters.items() if p.requires_grad}
         self._parameters = list(self._named.values())
@@ -61,6 +62,9 @@ class AllReduceAdamW:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+
+    def retune(self, optimizer: Optimizer, section: AdamW) -> None:
+        inner.retune(self.optimizer, optimizer)
 
     def sync(self) -> None:
         """Nothing: every step leaves the same parameters on every rank."""

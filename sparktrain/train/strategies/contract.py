@@ -60,12 +60,20 @@ class Strategy(Protocol):
     traffic: Traffic
     local: bool
 
+    @property
+    def delta_norm(self) -> float | None:
+        """L2 norm of what this rank changed of the parameters in the round that its last step ended; None where that
+        step ended none."""
+
     def average_gradients(self) -> None:
         """Replace ``.grad`` by its mean over ranks, where the strategy needs that before clipping; else nothing."""
 
     def step(self, lr: float, tokens: int) -> None:
         """Consume ``.grad``, which comes from ``tokens`` predicted tokens of this rank; communicate as needed; update
         the parameters with learning rate ``lr``."""
+
+    def retune(self, optimizer: Any, section: Any) -> None:
+        """Go on with these settings, of which those that fix layouts are as before."""
 
     def sync(self) -> None:
         """Bring every rank to the same parameters: before evaluation, export and the end. Training goes on from

@@ -33,7 +33,7 @@ from sparktrain.config import Diloco, Optimizer
 from sparktrain.errors import ConfigError
 from sparktrain.train.compression.vector_code import Codec
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.inner import adamw
+from sparktrain.train.strategies.inner import adamw, retune
 from sparktrain.train.strategies.replicas.cadence import Bounds, Every, first_every
 from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, Dense, message_bytes
 from sparktrain.train.strategies.replicas.flat import Flat, Tile, bounds_of, named
@@ -115,6 +115,10 @@ class DiLoCo(LocalSteps):
         self.outer_lr, self.outer_momentum, self.nesterov = outer_lr, outer_momentum, nesterov
         self._averages = outer != "sgd"
         self._velocity: torch.Tensor | None = None
+
+    def retune(self, optimizer: Optimizer, section: Diloco) -> None:
+        retune(self.optimizer, optimizer)
+        self.outer_lr, self.outer_momentum = section.outer_lr, section.outer_momentum
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

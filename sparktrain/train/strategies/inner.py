@@ -19,3 +19,10 @@ def adamw(parameters: dict[str, torch.nn.Parameter], settings: Optimizer) -> tor
         eps=settings.eps,
         fused=True,
     )
+
+
+def retune(made: torch.optim.Optimizer, settings: Optimizer) -> None:
+    """The same optimizer, with its state, by other settings; the learning rate comes with each step."""
+    for group in made.param_groups:
+        group["betas"], group["eps"] = settings.betas, settings.eps
+        group["weight_decay"] = settings.weight_decay if group["params"][0].ndim >= 2 else 0.0

@@ -25,9 +25,9 @@ from sparktrain.errors import ConfigError
 from sparktrain.train.compression.topk import Selector
 from sparktrain.train.compression.wire import ChunkCode, Values
 from sparktrain.train.strategies.contract import Traffic
-from sparktrain.train.strategies.inner import adamw
+from sparktrain.train.strategies.inner import adamw, retune
 from sparktrain.train.strategies.replicas.cadence import Bounds, Every, first_every
-from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, is_finite
+from sparktrain.train.strategies.replicas.dense import TILE_WEIGHTS, square_of
 from sparktrain.train.strategies.replicas.exchange import HEAD, Received
 from sparktrain.train.strategies.replicas.flat import Flat, Tile, named
 from sparktrain.train.strategies.replicas.local_steps import LocalSteps
@@ -74,20 +74,24 @@ class SparseLoCo(LocalSteps):
         device = parameters[0].device.type if parameters else "cpu"
         flat = Flat(parameters, 1, _tile_weights(compression_chunk, device))
         self.outer_lr = outer_lr
-        sparse = Sparse(flat, compression_chunk, compression_topk, _VALUES[quantize_bits], error_decay)
+        self._sparse = Sparse(flat, compression_chunk, compression_topk, _VALUES[quantize_bits], error_decay)
         self._wire = f"{compression_topk} of {compression_chunk}x{compression_chunk} weights, {quantize_bits} bits"
         self._told_by = f"outer_lr {outer_lr}, error_decay {error_decay}"
         super().__init__(
             flat,
             names,
             inner,
-            sparse,
+            self._sparse,
             sync_every=sync_every,
             bounds=BOUNDS,
             planned_steps=planned_steps,
             exact=require_exact_steps,
             group=process_group,
         )
+
+    def retune(self, optimizer: Optimizer, section: Sparseloco) -> None:
+        retune(self.optimizer, optimizer)
+        self.outer_lr, self._sparse.decay = section.outer_lr, section.error_decay
 
     def _layout(self) -> str:
         return f"{super()._layout()}, {self._wire}"
@@ -104,7 +108,7 @@ class Sparse:
     it is too small to be worth the calls."""
 
     def __init__(self, flat: Flat, chunk: int, topk: int, values: Values, decay: float) -> None:
-        self._chunk, self._decay, self._weights = chunk, decay, flat.weights
+        self._chunk, self.decay, self._weights = chunk, decay, flat.weights
         self._code = ChunkCode(chunk * chunk, topk, values)
         self._chunks = -(-flat.weights // self._code.area)
         # Whole chunks, and one weight more, where coefficients go that are absent.
@@ -117,12 +121,12 @@ class Sparse:
     def residual(self) -> Tensor:
         return self._residual[: self._weights]
 
-    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, bool]:
-        chosen, finite = [], True
+    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, float]:
+        chosen, square = [], 0.0
         for tile in flat.fragments[fragment]:
             part = flat.progress(tile, self._tile[: tile.length])
-            finite &= is_finite(part)
-            self._residual[tile.weights].mul_(self._decay).add_(part)
+            square += square_of(part)
+            self._residual[tile.weights].mul_(self.decay).add_(part)
             first, chunks = self._place(tile)
             told = self._residual[first * self._code.area :][: chunks * self._code.area]
             # The selector reads row after row of all chunks; a chunk's weights stay in a row.
@@ -131,7 +135,7 @@ class Sparse:
         message = self._code.encode(torch.cat([c.indices for c in chosen]), torch.cat([c.values for c in chosen]))
         index, value = self._code.decode(message, self._chunks)
         self._add(self._residual, index, value, -1.0)
-        return torch.cat([head, message]), finite
+        return torch.cat([head, message]), square
 
     def means(self, flat: Flat, fragment: int, received: Received) -> Iterator[tuple[Tile, Tensor]]:
         said = [self._code.decode(row, self._chunks) for row in received.data]

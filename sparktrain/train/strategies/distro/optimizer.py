@@ -39,7 +39,6 @@ from torch import Tensor
 from sparktrain.config import Distro, Optimizer
 from sparktrain.errors import ConfigError
 from sparktrain.train.compression.wire import Values
-from sparktrain.train.strategies.contract import Traffic
 from sparktrain.train.strategies.distro import checks as checks
 from sparktrain.train.strategies.distro import message as message
 from sparktrain.train.strategies.distro.exchange import Exchange
@@ -48,7 +47,7 @@ from sparktrain.train.strategies.distro.tiles import Seconds, Tiles
 from sparktrain.train.strategies.distro.updates import Updates
 from sparktrain.train.strategies.distro.weights import Weights
 
-_TILE_WEIGHTS = {"cpu": 64 * 4096, "cuda": 512 * 4096}
+TILE_WEIGHTS = {"cpu": 64 * 4096, "cuda": 512 * 4096}
 
 
 class DisTrO(torch.optim.Optimizer):
@@ -95,12 +94,12 @@ class DisTrO(torch.optim.Optimizer):
         self._layout += f", values {self.values}, overlap {overlap}"
         self._rules = f"compression_decay {compression_decay}, verify_every {verify_every}, max_refused {max_refused}"
         self.numbers = message.Numbers()
-        self.steps, self.local = 0, False
+        self.steps, self.local, self.delta_norm = 0, False, None
         self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._names = checks.names_of(self.param_groups)
         checks.check_parameters(self._names, self._parameters)
         device, shapes = self._parameters[0].device, [[p.shape for p in g["params"]] for g in self.param_groups]
-        tile = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS["cuda"])
+        tile = TILE_WEIGHTS.get(device.type, TILE_WEIGHTS["cuda"])
         layout = layout_of(shapes, compression_chunk, compression_topk, self.values, cut, tile)
         self._tiles = Tiles(layout, device)
         self._weights = Weights(self._parameters, self._tiles)
@@ -174,6 +173,11 @@ class DisTrO(torch.optim.Optimizer):
         if rows:
             self._move(self._updates.read(torch.stack(rows).to(self._tiles.device), self.steps))
 
+    def retune(self, optimizer: Optimizer, section: Distro) -> None:
+        for group in self.param_groups:
+            group["weight_decay"] = optimizer.weight_decay if group["params"][0].ndim >= 2 else 0.0
+        self.compression_decay = section.compression_decay
+
     def extract(self) -> dict[str, Tensor]:
         """The weights by name, without look-ahead: not copies."""
         return {name: t.detach() for name, t in zip(self._names, self._weights.current(), strict=True)}
@@ -228,23 +232,3 @@ class DisTrO(torch.optim.Optimizer):
     @property
     def _payload_bytes(self) -> int:
         return self._tiles.layout.payload_bytes(self.values)
-
-
-def build(parameters: dict[str, torch.nn.Parameter], section: Distro, optimizer: Optimizer, steps: int) -> DisTrO:
-    trained = {id(p): (name, p) for name, p in reversed(parameters.items()) if p.requires_grad}
-    ordered = list(reversed(trained.values()))
-    groups = [
-        {"params": [(n, p) for n, p in ordered if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [(n, p) for n, p in ordered if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    members = [group for group in groups if group["params"]]
-    return DisTrO(members, optimizer.lr, **section.model_dump(exclude={"kind"}))
-
-
-def traffic_per_step(shapes: Sequence[torch.Size], section: Distro, world: int, element_bytes: int = 4) -> Traffic:
-    groups = [[s for s in shapes if len(s) >= 2], [s for s in shapes if len(s) < 2]]
-    chunk, topk = section.compression_chunk, section.compression_topk
-    layout = layout_of([g for g in groups if g], chunk, topk, section.values, section.cut, _TILE_WEIGHTS["cuda"])
-    traffic = Traffic()
-    traffic.add_all_gather(layout.payload_bytes(section.values), world)
-    return traffic

@@ -26,8 +26,9 @@ class Contribution(Protocol):
     def residual(self) -> Tensor | None:
         """What was not told yet, [weights], or nothing."""
 
-    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, bool]:
-        """A message for ``Exchange.send``, and whether all of the progress is finite."""
+    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, float]:
+        """A message for ``Exchange.send``, and the square of the L2 norm of the progress, which is not finite if any
+        of it is not."""
 
     def means(self, flat: Flat, fragment: int, received: Received) -> Iterator[tuple[Tile, Tensor]]:
         """The weighted mean of all ranks' progress, tile by tile, in memory that may be written to."""
@@ -46,20 +47,20 @@ class Dense:
         longest = max(tile.length for tile in flat.all_tiles())
         self._tile = torch.empty(longest if self.code else 0, device=flat.device)
 
-    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, bool]:
+    def write(self, flat: Flat, fragment: int, weight: float) -> tuple[Tensor, float]:
         tiles = flat.fragments[fragment]
         if self.code:
             return self._write_coded(flat, tiles, self.code)
         length = flat.length(fragment)
         if len(self._buffer) < length + TAIL:
             self._buffer = torch.empty(length + TAIL, device=flat.device)
-        message, finite = self._buffer[: length + TAIL], True
+        message, square = self._buffer[: length + TAIL], 0.0
         for tile in tiles:
             part = flat.progress(tile, message[_place(tiles, tile)])
-            finite &= is_finite(part)
+            square += square_of(part)
             if weight != 1:
                 part.mul_(weight)
-        return message, finite
+        return message, square
 
     def means(self, flat: Flat, fragment: int, received: Received) -> Iterator[tuple[Tile, Tensor]]:
         tiles, begin = flat.fragments[fragment], 0
@@ -74,13 +75,13 @@ class Dense:
             begin = end
             yield tile, mean.div_(received.total)
 
-    def _write_coded(self, flat: Flat, tiles: list[Tile], code: VectorCode) -> tuple[Tensor, bool]:
+    def _write_coded(self, flat: Flat, tiles: list[Tile], code: VectorCode) -> tuple[Tensor, float]:
         lengths = [tile.length for tile in tiles]
         message = torch.empty(coded_bytes(code, lengths), dtype=torch.uint8, device=flat.device)
-        begin, finite = HEAD, True
+        begin, square = HEAD, 0.0
         for tile in tiles:
             part = flat.progress(tile, self._tile[: tile.length])
-            finite &= is_finite(part)
+            square += square_of(part)
             if self.residual is not None:
                 part.add_(self.residual[tile.weights])
             end = begin + code.num_bytes(tile.length)
@@ -88,7 +89,7 @@ class Dense:
             if self.residual is not None:
                 torch.sub(part, code.decode(message[begin:end], tile.length), out=self.residual[tile.weights])
             begin = end
-        return message, finite
+        return message, square
 
 
 def coded_bytes(code: VectorCode, lengths: list[int]) -> int:
@@ -103,9 +104,9 @@ def message_bytes(codec: Codec | None, weights: int) -> int:
     return coded_bytes(VectorCode(codec), lengths_of(weights, TILE_WEIGHTS["cpu"]))
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether the sum is: it is not if one of them is not."""
-    return bool(values.sum().isfinite())
+def square_of(values: Tensor) -> float:
+    """The sum of squares: not finite if one of them is not, or is above 1e19."""
+    return float(torch.dot(values, values))
 
 
 def _place(tiles: list[Tile], tile: Tile) -> slice:

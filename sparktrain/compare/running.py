@@ -1,0 +1,61 @@
+"""A compare, run after run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from sparktrain.atomic import write_json
+from sparktrain.compare.comparison import Comparison, Entry
+from sparktrain.compare.settings import Compare
+from sparktrain.config import RunConfig
+from sparktrain.config.section import differences
+from sparktrain.errors import ConfigError
+from sparktrain.results import RunResult
+from sparktrain.rundir import RunDir
+from sparktrain.tokens.sources import absolute
+
+FORMAT = 1
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def compare(config: Compare, train: Callable[[RunConfig], RunResult]) -> Comparison:
+    """Train every run of ``config`` that is not finished, one after the other, and write table and pictures to
+    ``config.run.dir``.
+
+    Raises :class:`ConfigError` where the directory holds anything but this compare, or no picture could be drawn; and
+    what ``train`` raises. The same call goes on from there.
+    """
+    from sparktrain.compare import pictures  # noqa: F401  before hours of training, not after
+
+    directory, runs, entries = config.run.dir.absolute(), list(config.runs()), []
+    with RunDir(directory).lock():
+        _claim(directory, config)
+        for number, (contender, run) in enumerate(runs, 1):
+            print(f"run {number} of {len(runs)}: {contender.label}, lr {run.optimizer.lr:g}", flush=True)
+            result = train(run)
+            size = _ELEMENT_BYTES[config.model.dtype]
+            entries.append(Entry(contender.label, contender.strategy.kind, run.optimizer.lr, result, size))
+        comparison = Comparison(tuple(entries))
+        comparison.write(directory)
+    return comparison
+
+
+def _claim(directory: Path, config: Compare) -> None:
+    """Make ``directory`` this compare's. Strategies and learning rates may change: each run guards its own."""
+    file, identity = directory / "compare.json", config.identity()
+    identity["optimizer"].pop("lr")
+    identity.pop("strategies")
+    for name in ("path", "heldout"):
+        identity["data"][name] = [absolute(place) for place in identity["data"][name] or ()]
+    if not file.exists():
+        if any(path.name != "LOCK" and not path.name.startswith(".") for path in directory.iterdir()):
+            raise ConfigError(f"run.dir {directory} is not empty and holds no compare: choose another run.dir")
+        write_json(file, {"format": FORMAT, "identity": identity})
+        return
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))["identity"]
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"run.dir {directory} has a compare.json that is none: choose another run.dir") from None
+    if changed := differences(known, identity):
+        what = "; ".join(changed[:3])
+        raise ConfigError(f"run.dir {directory} holds another compare: {what}: choose another run.dir")

@@ -1,0 +1,133 @@
+"""A loss that is not a number: the run stops, or leaves out that step and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparktrain import cli, plan, tokens
+from sparktrain.config import RunConfig
+from sparktrain.errors import Diverged
+from sparktrain.plan import PlanSpec
+from sparktrain.results import RunResult
+from sparktrain.rundir import RunDir
+from sparktrain.train import loop
+from sparktrain.train.batches import Batches
+from sparktrain.train.requests import Requests
+from sparktrain.train.world import World
+from tests.conftest import tiny_argv
+
+
+@pytest.fixture
+def poisoned(data: Path, tmp_path: Path) -> tuple[RunDir, PlanSpec, list[int], list[str]]:
+    """A run of 6 steps of a model that gives no number where a certain token comes, which is in a few of the steps: its
+    directory, its plan, those steps, and its arguments."""
+    shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
+    spec, directory = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5), RunDir(tmp_path / "run")
+    directory.plan.mkdir(parents=True)
+    rows = [row._asdict() for row in plan.rows(spec, 0, spec.num_positions)]
+    pq.write_table(pa.Table.from_pylist(rows), directory.plan / "part-0.parquet")
+    inputs = [set(batch.tokens[:, :-1].flatten().tolist()) for batch in Batches(directory, spec, 0, 1)]
+    steps = {token: [i for i, seen in enumerate(inputs) if token in seen] for token in range(512)}
+    token = next(token for token, where in steps.items() if 1 < len(where) < 4 and 5 not in where)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=512, **sizes))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    argv = [*tiny_argv(data, directory.path), "--model.from-pretrained", str(tmp_path / "model")]
+    sizes_at = argv.index("--model.sizes")
+    return directory, spec, steps[token], argv[:sizes_at] + argv[sizes_at + 2 :]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_whose_loss_is_no_number_is_skipped_and_no_other(
+    on_ranks: Callable[..., list[Any]], poisoned: Any, world: int
+) -> None:
+    directory, spec, steps, argv = poisoned
+    config = cli.parse(RunConfig, [*argv, "--train.on-nonfinite", "skip"])
+
+    def rank_main(rank: int, size: int) -> Any:
+        return loop.train_in(World(rank, size, torch.device("cpu"), "here"), directory, config, spec, 1)
+
+    result = RunResult.merge(str(directory.path), on_ranks(world, rank_main))  # Diverged where ranks' digests differ
+    losses = torch.tensor(result.table["loss"].to_pylist())
+    assert torch.nonzero(~losses.isfinite()).flatten().tolist() == steps
+    assert result.summary()["skipped_steps"] == len(steps)
+    assert f"6 steps, {len(steps)} skipped for a loss that is no number" in result.report().replace(
+        " steps,", " steps,"
+    )
+    model = AutoModelForCausalLM.from_pretrained(directory.model)
+    weights = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
+    assert all(p.isfinite().all() for p in weights)
+    assert int((~model.get_input_embeddings().weight.isfinite().all(dim=1)).sum()) == 1
+
+
+def test_without_that_policy_it_stops(on_ranks: Callable[..., list[Any]], poisoned: Any) -> None:
+    directory, spec, steps, argv = poisoned
+
+    def rank_main(rank: int, size: int) -> str:
+        world = World(rank, size, torch.device("cpu"), "here")
+        with pytest.raises(Diverged) as caught:
+            loop.train_in(world, directory, cli.parse(RunConfig, argv), spec, 1)
+        return str(caught.value)
+
+    (said,) = on_ranks(1, rank_main)
+    assert said == f"loss is nan in step {steps[0]} on rank 0: lower optimizer.lr or check the data"
+
+
+def test_too_many_in_a_row_stop_all_ranks(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    def rank_main(rank: int, size: int) -> list[str]:
+        requests = Requests(RunDir(tmp_path), World(rank, size, torch.device("cpu"), "here"), False, lambda: False, 2)
+        nan = float("nan") if rank == 1 else 1.0
+        said = [str(requests.agree(step, loss).skip) for step, loss in enumerate([1.0, nan, nan, 1.0, nan, nan])]
+        with pytest.raises(Diverged) as caught:
+            requests.agree(6, nan)
+        return [*said, str(caught.value)]
+
+    skipped = ["False", "True", "True", "False", "True", "True"]
+    for rank, said in enumerate(on_ranks(2, rank_main)):
+        what = "nan" if rank == 1 else "not a number"
+        assert said == [
+            *skipped,
+            f"loss is {what} in step 6 on rank 1 and 2 before it: lower optimizer.lr or check the data",
+        ]
+
+
+def test_ranks_with_steps_of_their_own_skip_alone_and_stay_in_time_for_the_sync(
+    on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path
+) -> None:
+    def rank_main(rank: int, size: int) -> tuple[list[bool], int, bool, bool]:
+        from sparktrain.train.strategies import STRATEGIES
+
+        world = World(rank, size, torch.device("cpu"), "here")
+        flags = ("--strategy.kind", "diloco", "--strategy.sync-every", "4")
+        config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run", *flags))
+        torch.manual_seed(0)
+        model: Any = torch.nn.Linear(8, 8)
+        strategy: Any = STRATEGIES["diloco"].build(dict(model.named_parameters()), config.strategy, config.optimizer, 8)
+        requests = Requests(RunDir(tmp_path), world, True, lambda: False, 2)
+        skips, still = [], True
+        for step in range(8):
+            asked = requests.agree(step, float("inf") if (rank, step) == (1, 2) else 1.0)
+            skips.append(asked.skip)
+            model(torch.ones(1, 8) * (rank + 1)).sum().backward()
+            before = model.weight.detach().clone()
+            if asked.skip:
+                loop._skip(model, strategy, 1e-2)
+                still = torch.equal(before, model.weight)
+            else:
+                strategy.step(1e-2, 32)
+            model.zero_grad(set_to_none=True)
+        strategy.sync()  # Diverged where parameters differ
+        return skips, strategy.steps, still, bool(model.weight.isfinite().all())
+
+    first, second = on_ranks(2, rank_main)
+    assert first == ([False] * 8, 8, True, True)
+    assert second == ([step == 2 for step in range(8)], 8, True, True)
