@@ -135,6 +135,8 @@ class Checkpoints:
         """What is wrong with the parts of a checkpoint; None: nothing."""
         for path, part in manifest.parts.items():
             file = self.run_dir / path
+            if Path(path).is_absolute() or ".." in Path(path).parts:
+                return f"{path} is outside the run directory"
             if not file.is_file():
                 return f"{path} is missing"
             if (found := file.stat().st_size) != part.num_bytes:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from sparktrain.errors import ConfigError, LaunchError, SparktrainError
+from sparktrain.redaction import hidden
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
@@ -46,7 +47,7 @@ def parse(model: type[Config], argv: Sequence[str], base: Mapping[str, Any] | No
                 cli_hide_none_type=True,
                 cli_implicit_flags=True,
                 cli_kebab_case=True,
-                cli_prog_name=f"{Path(sys.argv[0]).name} [CONFIG.toml]",
+                cli_prog_name=f"{Path(sys.argv[0]).name} [CONFIG.toml] [--debug]",
             ),
             "settings_customise_sources": classmethod(_file_only),
             "__doc__": model.__doc__,
@@ -67,18 +68,19 @@ def parse(model: type[Config], argv: Sequence[str], base: Mapping[str, Any] | No
 def main(job: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run ``job(argv)`` and exit: with 0, or with one line on stderr and the error's code for a user's mistake.
 
-    ``SPARKTRAIN_DEBUG=1`` in the environment shows the traceback of those, too.
+    ``--debug`` anywhere in ``argv``, or ``SPARKTRAIN_DEBUG=1`` in the environment, shows the traceback of those, too.
     """
-    code = 0
+    code, words = 0, sys.argv[1:] if argv is None else argv
+    debug = "--debug" in words or bool(os.environ.get("SPARKTRAIN_DEBUG"))
     try:
-        job(sys.argv[1:] if argv is None else argv)
+        job([word for word in words if word != "--debug"])
     except SparktrainError as error:
-        if os.environ.get("SPARKTRAIN_DEBUG"):
+        if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {hidden(' '.join(str(error).split()))}", file=sys.stderr)
         code = error.exit_code
     except OSError as error:
-        if error.errno not in _DISK or os.environ.get("SPARKTRAIN_DEBUG"):
+        if error.errno not in _DISK or debug:
             raise
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror}{where}: make room or mend the file system, then run it again", file=sys.stderr)
@@ -106,7 +108,10 @@ def _read_toml(file: Path, model: type[BaseModel]) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{file} is nested too deeply: expected sections of settings") from None
     try:
-        model.model_validate_json(json.dumps(values, default=str), strict=True)
+        text = json.dumps(values, default=str)
+        if r"\u0000" in text.replace(r"\\", ""):
+            raise ConfigError(f"{file} has a NUL character in a value: take it out")
+        model.model_validate_json(text, strict=True)
     except ValidationError as error:
         # Keys may still come from the command line, and rules over several keys are checked once all are known.
         wrong = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
@@ -155,7 +160,10 @@ def _unrecognized(message: str, model: type[BaseModel]) -> str:
 
 
 def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    names = {k.rpartition(".")[2]: k for k in reversed(known)}
+    name = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, n=1)
+    near = near or [names[n] for n in difflib.get_close_matches(name, names, n=1)]
     return f": did you mean {prefix}{near[0]}?" if near else "; see --help for all keys"
 
 

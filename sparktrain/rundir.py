@@ -85,7 +85,7 @@ class RunDir:
         try:
             known = _read_json(self.path / "run.json")
             known["format"], known["identity"], known["run_id"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(f"run.dir {self.path} has a run.json that is none: choose another run.dir") from None
         if known["format"] != FORMAT:
             raise ConfigError(
@@ -237,16 +237,17 @@ class RunDir:
         """The resolved settings. Raises :class:`ConfigError` where this is no run directory."""
         file = self.path / "config.json"
         if not file.exists():
-            raise ConfigError(
-                f"{self.path} is no run directory: it has no config.json; start the run with jobs/train.py"
-            )
-        return RunConfig.model_validate_json(file.read_text(encoding="utf-8"))
+            raise ConfigError(f"{self.path} is no run directory: it has no config.json; start it with jobs/train.py")
+        try:
+            return RunConfig.model_validate_json(file.read_bytes())
+        except ValueError:
+            raise ConfigError(f"{file} is torn or of another sparktrain: start the run again") from None
 
     def plan_spec(self) -> PlanSpec | None:
         """What the plan on disk is a function of; None where no plan was completed."""
         try:
             spec = PlanSpec.from_json(_read_json(self.path / "plan.json"))
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
             return None
         return spec if any(self.plan.glob("*.parquet")) else None
 

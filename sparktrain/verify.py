@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.dataset as pads
 from pydantic import Field
 
@@ -35,6 +36,9 @@ def verify(settings: Verify) -> Iterator[str]:
         except SparktrainError as error:
             wrong += 1
             yield f"WRONG  {error}"
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:  # of a file that is torn
+            wrong += 1
+            yield f"WRONG  {check.__name__[1:]}: {(str(error).splitlines() or [type(error).__name__])[0]}"
     if wrong:
         raise DataError(
             f"{settings.run_dir}: {wrong} of {len(_CHECKS)} checks found something wrong, see the lines above"

@@ -22,6 +22,8 @@ from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, Orphaned, SparktrainError
 from sparktrain.evaluation import Work
 from sparktrain.parent import follow_parent, is_orphan
+from sparktrain.plan import PlanSpec
+from sparktrain.redaction import hidden
 from sparktrain.results import RankFailure, RankResult
 from sparktrain.rundir import RunDir
 
@@ -42,16 +44,15 @@ def run_rank(run_dir: str) -> RankResult:
         failpoints.arm(os.environ.get("SPARKTRAIN_FAILPOINT", ""))
     except ValueError as error:
         raise ConfigError(f"SPARKTRAIN_FAILPOINT: {error}") from None
-    directory, rank = RunDir(run_dir), int(os.environ.get("RANK", "0"))
+    directory, rank = RunDir(run_dir), _variable("RANK")
     with contextlib.ExitStack() as held:
-        generation = int(os.environ.get("SPARKTRAIN_GENERATION", "0"))
+        generation = _variable("SPARKTRAIN_GENERATION")
         if not generation and rank == 0:  # started by hand: no driver owns the run, so rank 0 does
+            _plan_of(directory)  # where there is no run, no attempt is made
             held.enter_context(directory.lock())
             directory.new_generation()
         try:
-            config, spec = directory.config(), directory.plan_spec()
-            if spec is None:
-                raise ConfigError(f"run directory {run_dir} has no plan: start the run with jobs/train.py")
+            config, spec = _plan_of(directory)
             if generation:  # a driver watches
                 file = directory.heartbeat(generation, rank)
                 held.enter_context(heartbeat.beating(file, rank, socket.gethostname(), os.getpid(), config.launch))
@@ -64,6 +65,13 @@ def run_rank(run_dir: str) -> RankResult:
             raise
         directory.write_outcome(generation or directory.latest_generation(), outcome)
     return outcome
+
+
+def _plan_of(directory: RunDir) -> tuple[RunConfig, PlanSpec]:
+    config, spec = directory.config(), directory.plan_spec()
+    if spec is None:
+        raise ConfigError(f"run directory {directory.path} has no plan: start the run with jobs/train.py")
+    return config, spec
 
 
 def describe(config_json: str) -> str:
@@ -88,6 +96,33 @@ def evaluate(work_json: str) -> str:
 _ASKED = {"--describe": describe, "--evaluate": evaluate}
 
 
+def main(argv: list[str]) -> None:
+    """What this module does as a program; exits with an error's code after one line for what the user can mend."""
+    asked = _ASKED.get(argv[0]) if len(argv) == 1 else None
+    try:
+        if asked:
+            print(asked(sys.stdin.read()))
+        elif len(argv) == 1 and not argv[0].startswith("-"):
+            run_rank(argv[0])
+        else:
+            raise ConfigError("give a run directory: torchrun --nproc-per-node 2 -m sparktrain.worker RUN_DIR")
+    except SparktrainError as known:
+        print(f"error: {hidden(' '.join(str(known).split()))}", file=sys.stderr)
+        sys.exit(known.exit_code)
+    except Exception as unknown:
+        first = f"error: {type(unknown).__name__}: {str(unknown).partition(chr(10))[0]}\n"
+        # Not raised: Python would print it as it is, into a log that stays.
+        sys.stderr.write(hidden(first if asked else traceback.format_exc()))
+        sys.exit(1)
+
+
+def _variable(name: str) -> int:
+    value = os.environ.get(name, "0")
+    if not value.isdecimal():
+        raise ConfigError(f"{name} is {value!r}: expected a whole number, as torchrun sets it; unset it")
+    return int(value)
+
+
 def _failure(rank: int, error: BaseException) -> RankFailure:
     # torch.OutOfMemoryError and our own one-line errors are causes whatever their text says.
     lost = type(error).__name__ in _OF_TORCH and bool(_ECHO.search(str(error)))
@@ -95,24 +130,12 @@ def _failure(rank: int, error: BaseException) -> RankFailure:
         rank=rank,
         host=socket.gethostname(),
         kind=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
+        message=hidden(str(error)),
+        traceback=hidden("".join(traceback.format_exception(error))),
         exit_code=error.exit_code if isinstance(error, SparktrainError) else 1,
         echo=lost or isinstance(error, Orphaned),
     )
 
 
 if __name__ == "__main__":
-    try:
-        if asked := _ASKED.get(sys.argv[1]):
-            print(asked(sys.stdin.read()))
-        else:
-            run_rank(sys.argv[1])
-    except SparktrainError as known:
-        print(f"error: {known}", file=sys.stderr)
-        sys.exit(known.exit_code)
-    except Exception as unknown:
-        if sys.argv[1] not in _ASKED:
-            raise
-        print(f"error: {type(unknown).__name__}: {str(unknown).partition(chr(10))[0]}", file=sys.stderr)
-        sys.exit(1)
+    main(sys.argv[1:])

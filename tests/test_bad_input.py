@@ -1,119 +1,153 @@
-"""A user's mistake is one line that says what to do, an exit code, and nothing left behind."""
+"""A user's mistake is one line that names the thing and says what to do, an exit code, and nothing left behind.
 
-import json
+One test for all of them; what is wrong is a row of a table below tests/cases.
+"""
+
+import contextlib
+import hashlib
+import io
 import os
 import re
-import shutil
-from collections.abc import Callable
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from sparktrain.tokens import ds
-from tests.conftest import tiny_argv, write_shards
+from sparktrain import cli
+from sparktrain.errors import ConfigError
+from tests.cases import Case, Given, Place, made, models, runs, settings, shards, texts
+from tests.conftest import ROOT
 
-Job = Callable[..., tuple[int, str, str]]
-
-
-def damaged(tmp_path: Path, kind: str) -> Path:
-    """A data directory with one thing wrong."""
-    train = tmp_path / "data" / "train"
-    if kind == "empty":
-        train.mkdir(parents=True)
-    elif kind == "odd":
-        write_shards(train)
-        with open(train / "00001_00000_shuffled.ds", "ab") as file:
-            file.write(b"x")
-    elif kind == "short":
-        write_shards(train)
-        ds.write(train / "00003_00000_shuffled.ds", [np.arange(20)], 512, "random walk")
-    elif kind == "pointer":
-        write_shards(train)
-        (train / "00003.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    elif kind == "vocabulary":
-        write_shards(train)
-        ids = np.arange(4000) % 512
-        ids[1234] = 700
-        ds.write(train / "00002_00000_shuffled.ds", [ids], 512, "random walk")
-    return tmp_path / "data"
+CASES = [*settings.CASES, *shards.CASES, *models.CASES, *runs.CASES, *texts.CASES]
+# Spark's, whatever we do.
+_NOT_OURS = re.compile(r"WARN|Stage|Setting default log level|adjust logging level")
 
 
-@pytest.mark.parametrize(
-    ("kind", "code", "message"),
-    [
-        ("missing", 3, "data directory .*train does not exist: give a directory with"),
-        ("empty", 3, "holds no .* shards: make some with jobs/tokenize.py"),
-        ("odd", 3, "00001_00000_shuffled.ds has 8001 bytes, not a multiple of its token size 2"),
-        ("short", 3, "00003_00000_shuffled.ds has 20 tokens, fewer than one sequence of 32 [+] 1: set data.sequence"),
-        ("pointer", 3, "00003.bin is a git-lfs pointer, not the file itself: run git lfs pull"),
-        ("vocabulary", 3, "00002_00000_shuffled.ds has token id 700 at token 1234, but the model's vocab_size is 512"),
-    ],
-)
-def test_data_that_cannot_be_trained_on(
-    spark: Any, job: Job, tmp_path: Path, kind: str, code: int, message: str
+@pytest.fixture(scope="module")
+def given(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """Made when they are first asked for, once."""
+    root, there = tmp_path_factory.mktemp("given"), {}
+
+    def once(name: str, make: Callable[[Path], None]) -> Callable[[], Path]:
+        def ask() -> Path:
+            if name not in there:
+                there[name] = root / name
+                make(there[name])
+            return there[name]
+
+        return ask
+
+    return Given(data, once("model", made.model), once("run", lambda path: made.run(path, data)))
+
+
+@pytest.fixture
+def place(given: Given, tmp_path: Path) -> Iterator[Place]:
+    with contextlib.ExitStack() as leave:
+        yield Place(tmp_path, given, leave)
+
+
+@pytest.fixture
+def conf(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None]]:
+    """Set Spark settings that a session normally has from its start, for one test."""
+    changed: list[str] = []
+    case = request.node.callspec.params["case"]
+    if case.apart or case.job not in ("train", "tokenize") or case in (*settings.FILES, *settings.ARGUMENTS):
+        yield lambda key, value: None
+        return
+    spark = request.getfixturevalue("spark")
+    spark.conf.set("spark.sql.legacy.setCommandRejectsSparkCoreConfs", "false")
+
+    def set_(key: str, value: str) -> None:
+        spark.conf.set(key, value)
+        changed.append(key)
+
+    yield set_
+    for key in [*changed, "spark.sql.legacy.setCommandRejectsSparkCoreConfs"]:
+        spark.conf.unset(key)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.job}: {case.name}")
+def test_a_mistake_is_one_line_and_changes_nothing(
+    case: Case, place: Place, conf: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    check(job(*("train", *tiny_argv(damaged(tmp_path, kind), tmp_path / "run"))), code, message, tmp_path)
+    argv = case.make(place)
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in case.conf.items():
+        conf(name, value)
+    monkeypatch.chdir(place.cwd)
+    monkeypatch.setattr(tempfile, "tempdir", str(place.root / "tmp"))
+    before = snapshot(place)
+    capfd.readouterr()
+    if case.apart:
+        code, out, err = in_a_process(case.job, argv, place)
+    else:
+        code = in_this_process(case.job, argv, place, monkeypatch)
+        out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if not _NOT_OURS.search(line)]
+    assert len(lines) == 1, err or out
+    assert lines[0].startswith("error: "), lines
+    assert re.search(case.message, lines[0]), lines[0]
+    assert code == case.code, lines[0]
+    assert "Traceback" not in out
+    assert "hunter2" not in out + err  # a secret in all cases that have one
+    assert snapshot(place) == before
 
 
-def test_a_config_file_that_is_not_there(job: Job, tmp_path: Path) -> None:
-    check(job("train", "nowhere.toml"), 2, "config file nowhere.toml does not exist", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("argv", "code", "message"),
-    [
-        (["--data.sequence-length", "500"], 2, "data.sequence_length is 500, more than the model's 128 positions"),
-        (["--launch.weights", "[1,2,3]"], 2, "launch.weights are 3 numbers for 2 ranks: give one for each rank"),
-        (["--data.skip", '[{"shard": "nowhere.ds"}]'], 3, "data.skip names shard nowhere.ds, of which data.path has 0"),
-        (["--launch.ranks", "9"], 2, "launch.ranks is 9, more than train.total_batch 8: set launch.ranks to at most 8"),
-        (
-            ["--launch.mode", "executors", "--launch.ranks", "3"],
-            2,
-            "launch.ranks is 3, but the cluster has 2 slots for barrier tasks: set launch.ranks to at most 2",
-        ),
-        (["--data.token-size", "3"], 2, "data.token_size"),
-        (["--data.sources", '{"name": "a", "path": "x"}'], 2, "data.path and data.sources are both given: leave one"),
-        (["--data.window", "none"], 2, "data.window.*overlap1.*psyche"),
-        (["--launch.launcher", "direct"], 2, "launch.launcher is direct, .* set launch.launcher to torchrun"),
-        (["--model.architecture", "lama"], 2, "model.architecture 'lama' is unknown to transformers"),
-        (["--model.sizes", '{"hiden_size": 3}'], 2, "model.sizes.hiden_size is not a size of llama"),
-        (["--model.sizes", '{"hidden_size": 65, "num_attention_heads": 2}'], 2, "model.sizes do not make a llama"),
-    ],
-)
-def test_settings_that_do_not_fit(
-    spark: Any, job: Job, data: Path, tmp_path: Path, argv: list[str], code: int, message: str
+def test_the_debug_flag_shows_where_it_went_wrong(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(job("train", *tiny_argv(data, tmp_path / "run"), *argv), code, message, tmp_path)
+    with pytest.raises(ConfigError, match="nowhere.toml does not exist"):
+        cli.main(runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"], ["nowhere.toml", "--debug"])
+    monkeypatch.setenv("SPARKTRAIN_DEBUG", "1")
+    with pytest.raises(ConfigError, match="nowhere.toml does not exist"):
+        cli.main(runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"], ["nowhere.toml"])
+    assert capfd.readouterr().err == ""
 
 
-def test_a_model_directory_without_config(spark: Any, job: Job, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    argv = tiny_argv(data, tmp_path / "run", "--model.from-pretrained", str(tmp_path / "model"))
-    check(job("train", *argv), 4, "model directory .*model has no config.json: give a Hugging Face model dir", tmp_path)
+def test_there_are_a_hundred_mistakes_and_each_has_a_name() -> None:
+    names = [f"{case.job}: {case.name}" for case in CASES]
+    assert len(names) == len(set(names)) >= 100
 
 
-def test_a_run_directory_of_somebody_else(spark: Any, job: Job, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "LOCK").write_text(json.dumps({"host": "node7", "pid": 12, "since": "2026-01-01T00:00:00+00:00"}))
-    code, _, err = job("train", *tiny_argv(data, run))
-    assert (code, err.count("\n")) == (5, 1)
-    assert "is in use by process 12 on node7 since 2026-01-01" in err
-    shutil.rmtree(run)
-    run.mkdir()
-    (run / "novel.txt").write_text("x")
-    code, _, err = job("train", *tiny_argv(data, run))
-    assert (code, os.listdir(run)) == (2, ["novel.txt"])
-    assert "is not empty and holds no sparktrain run: choose another run.dir" in err
+def in_this_process(job: str, argv: list[str], place: Place, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a job's own main, as it would be of the job."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(place.stdin))
+    if job == "worker":
+        monkeypatch.setattr(sys, "argv", ["worker", *argv])
+        run = partial(runpy.run_module, "sparktrain.worker", run_name="__main__")
+    else:
+        run = partial(cli.main, runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"], argv)
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    return int(exit_.value.code or 0)
 
 
-def check(outcome: tuple[int, str, str], code: int, message: str, tmp_path: Path) -> None:
-    found, _, err = outcome
-    lines = [line for line in err.splitlines() if "WARN" not in line and "Stage" not in line]
-    assert found == code, err
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    assert re.search(message, lines[0]), lines[0]
-    assert not (tmp_path / "run").exists()
+def in_a_process(job: str, argv: list[str], place: Place) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a job."""
+    program = ["-m", "sparktrain.worker"] if job == "worker" else [str(ROOT / "jobs" / f"{job}.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(place.root / "tmp")}
+    command = [sys.executable, *program, *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=place.cwd, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def snapshot(place: Place) -> dict[str, tuple[Any, ...]]:
+    """Everything a job could write to by mistake: kind, time of the last change, content. The run directory's own time
+    changes with the lock that is in it meanwhile."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for path in (path for root in (place.root, place.given.data) for path in root.rglob("*")):
+        changed = path.lstat().st_mtime_ns if path != place.run else 0
+        if path.is_symlink():
+            found[str(path)] = ("link", os.readlink(path))
+        elif path.is_file():
+            found[str(path)] = ("file", changed, hashlib.sha256(path.read_bytes()).hexdigest())
+        else:
+            found[str(path)] = ("other", changed, oct(path.lstat().st_mode))
+    return found

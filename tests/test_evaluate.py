@@ -174,9 +174,9 @@ def test_what_cannot_be_measured_is_one_line(run_dir: Path, data: Path, tmp_path
     shutil.copytree(run_dir / "model", bare := tmp_path / "bare")
     file, whole = bare / "model.safetensors", safetensors.torch.load_file(run_dir / "model" / "model.safetensors")
     file.unlink()
-    assert f"{bare} cannot be loaded" in refused(ModelError, model=bare)
+    assert f"{bare} is no model: expected model.safetensors" in refused(ModelError, model=bare)
     file.write_bytes(b"torn")
-    assert f"{bare} cannot be loaded" in refused(ModelError, model=bare)
+    assert f"{file} is no safetensors file" in refused(ModelError, model=bare)
     lacking = {name: value for name, value in whole.items() if name != "model.norm.weight"}
     safetensors.torch.save_file(lacking, file, {"format": "pt"})
     assert f"{bare} lacks the weights of model.norm.weight" in refused(ModelError, model=bare)

@@ -68,7 +68,8 @@ def test_shards_of_every_format_are_indexed_as_inspected(spark: Any, tmp_path: P
     assert [shard.format for shard, _ in found] == ["ds", "raw", "npy", "parquet"]
     for shard, largest in found:
         assert largest == tokens.TokenFile(shard).read(0, shard.num_tokens).max()
-    index.check_shards(found, Data(sequence_length=16), 512, "data.path")
+    index.check_shards(found, Data(sequence_length=16), "data.path")
+    index.check_vocabulary(found, Data(), 512)
 
 
 @pytest.mark.parametrize(
@@ -113,4 +114,4 @@ def test_what_a_full_read_shows_is_one_line(
 )
 def test_shards_that_do_not_fit_the_run_are_one_line(shards: list[Shard], data: Data, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        index.check_shards([(shard, 5) for shard in shards], data, 512, "data.path")
+        index.check_shards([(shard, 5) for shard in shards], data, "data.path")

@@ -363,25 +363,6 @@ def test_a_file_may_give_what_must_be_given(job: Job, models: list[Path], tmp_pa
     assert (code, "candidates: field required" in err) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("more", "code", "message"),
-    [
-        (["--policy", "mean"], 2, "policy"),
-        (["--weights", "1,2"], 2, "weights has 2 numbers for 3 candidates: give one each"),
-        (["--weights", "1,2,0"], 2, "weights has 0.0: expected numbers above 0"),
-        (["--losses", "1,2,3", "--scores", "1,2,3"], 2, "losses and scores are both set"),
-        (["--losses", "1,2,3", "--policy", "coordinate-median"], 2, "coordinate-median takes no losses: remove them"),
-        (["--policy", "trimmed-mean"], 2, "trim_fraction 0.25 of 3 candidates drops none: raise it"),
-        (["--ema-decay", "1.5"], 2, "ema_decay"),
-        (["--losses", "NaN,NaN,NaN"], 4, "all 3 candidates were rejected, nothing was merged: .*loss or score is nan"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(
-    job: Job, models: list[Path], tmp_path: Path, more: list[str], code: int, message: str
-) -> None:
-    check(job("merge", *argv(models, tmp_path / "out", *more)), code, message, tmp_path / "out")
-
-
 def test_a_model_that_does_not_fit_is_one_line(job: Job, models: list[Path], tmp_path: Path) -> None:
     pack, torn, index = tmp_path / "pack", tmp_path / "torn", tmp_path / "index"
     packs.write(pack, {"w": torch.ones(2)}, "s")

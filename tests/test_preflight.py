@@ -30,25 +30,6 @@ def conf(spark: Any) -> Iterator[Any]:
     spark.conf.unset("spark.sql.legacy.setCommandRejectsSparkCoreConfs")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("spark.dynamicAllocation.enabled", "true", "submit with --conf spark.dynamicAllocation.enabled=false"),
-        ("spark.speculation", "true", "second copy of a slow rank: submit with --conf spark.speculation=false"),
-        ("spark.ssl.enabled", "true", "accept that with --conf pytorch.spark.distributor.ignoreSsl=true"),
-        ("spark.task.resource.gpu.amount", "0.5", "spark.task.resource.gpu.amount is 0.5, expected 1"),
-        ("spark.task.resource.gpu.amount", "2", "spark.task.resource.gpu.amount is 2, expected 1"),
-    ],
-)
-def test_settings_that_a_barrier_stage_cannot_run_under(
-    spark: Any, conf: Any, data: Path, tmp_path: Path, key: str, value: str, message: str
-) -> None:
-    conf(key, value)
-    config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run", "--launch.mode", "executors"))
-    with pytest.raises(ConfigError, match=message):
-        preflight.resolve(spark, config)
-
-
 def test_auto_is_decided_by_the_master_and_written_down(spark: Any, conf: Any, data: Path, tmp_path: Path) -> None:
     config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run"))
     local = preflight.resolve(spark, config)

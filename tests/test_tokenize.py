@@ -158,31 +158,6 @@ def test_the_job_prints_what_it_made_and_made_again_it_does_nothing(
     assert "heldout_fraction is 0.1 there, 0.05 here" in err
 
 
-@pytest.mark.parametrize(
-    ("argv", "code", "said"),
-    [
-        (["--input", "nowhere"], 2, "nowhere is no directory"),
-        (["--glob", "*.rs"], 3, "holds no file named *.rs"),
-        (["--glob", "empty.py"], 3, "all 1 files named empty.py are empty or not UTF-8"),
-        (["--glob", "module_1*.py", "--shards", "11"], 2, "shards is 11, but of 11 documents 1 are held out and 10"),
-        (["--shards", "0"], 2, "shards: input should be greater than or equal to 1"),
-        (["--vocab-size", "257"], 2, "vocab_size: input should be greater than or equal to 258"),
-        (["--heldout-fraction", "1"], 2, "heldout_fraction: input should be less than 1"),
-        (["--tokenizer", "nowhere"], 2, "nowhere holds no tokenizer.json"),
-        (["--output", str(ROOT / "tests")], 2, "holds something else"),
-        (["--output", __file__], 2, "is a file"),
-    ],
-)
-def test_a_mistake_is_one_line_that_says_what_to_change(
-    spark: Any, text: Path, tmp_path: Path, job: Job, argv: list[str], code: int, said: str
-) -> None:
-    found, _, err = job("tokenize", "--input", str(text), "--output", str(tmp_path / "out"), *argv)
-    assert found == code
-    assert said in err
-    assert len(err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_shard_that_is_gone_is_named_and_not_taken_for_made(tmp_path: Path) -> None:
     manifest = {
         "tokenizer": {"sha256": ""},

@@ -23,7 +23,8 @@ def _or_none(value: Any) -> Any:
 # Each has at least one place in a round of a mixture's order, which has 16,384.
 _MOST_SOURCES = 1000
 
-Places = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
+Place = Annotated[str, Field(min_length=1)]
+Places = Annotated[tuple[Place, ...], BeforeValidator(_several), Field(min_length=1)]
 
 
 class Skip(Section):

@@ -137,10 +137,16 @@ def _prepare(spark: SparkSession, config: RunConfig) -> Prepared:
     data = config.data
     located = index.locate(data)
     local = [first for found in located.values() if is_local(first := next(iter(found)))]
-    model = preflight.check_executors(spark, config, local)
-    shards = index.read_shards(spark, located, data, model["vocab_size"])
-    sources = [shards[setting] for setting in data.trained_on] or [[Shard.from_json(model["dataset"])]]
-    return Prepared(config, planner.spec_of(config, *sources), model)
+    # What is known soonest is checked first: a model takes seconds, few shards none, many shards minutes.
+    quick = config.launch.mode == "local" and index.is_quick([uri for found in located.values() for uri in found])
+    model = None if quick else preflight.check_executors(spark, config, local)
+    read = index.read_shards(spark, located, data, here=quick)
+    sources = [[shard for shard, _ in read[setting]] for setting in data.trained_on]
+    spec = planner.spec_of(config, *sources) if sources else None
+    model = model or preflight.check_executors(spark, config, local)
+    for indexed in read.values():
+        index.check_vocabulary(indexed, data, model["vocab_size"])
+    return Prepared(config, spec or planner.spec_of(config, [Shard.from_json(model["dataset"])]), model)
 
 
 def _train(spark: SparkSession, config: RunConfig, directory: RunDir, tracking: trackers.Tracking) -> RunResult:

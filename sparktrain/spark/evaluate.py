@@ -39,7 +39,7 @@ def evaluate(spark: SparkSession, settings: Evaluate) -> Evaluation:
     open_ = opener(data, located)
     shards = [tokens.inspect(path, data.token_size, open_, known) for path, known in located.items()]
     # Token ids are compared with the vocabulary where they are read, which is for the first time by the model.
-    index.check_shards([(shard, 0) for shard in shards], data, values["vocab_size"], "data")
+    index.check_shards([(shard, 0) for shard in shards], data, "data")
     work = Work(
         model=model.directory,
         data=data,

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from sparktrain.errors import DataError
 from sparktrain.plan import count_microshards, window_length
 from sparktrain.tokens import Known, Shard
 from sparktrain.tokens.source import Opener
-from sparktrain.tokens.sources import open_source, reach, sha256_of
+from sparktrain.tokens.sources import is_local, open_source, reach, sha256_of
 
 _INSPECTED = pa.schema(
     [
@@ -30,6 +32,8 @@ _INSPECTED = pa.schema(
 )
 # Tokens looked at in one piece while a shard is checked: 32 MiB as int64.
 _SCAN = 1 << 22
+# Bytes of shards that are read in less time than Spark needs to start its Python.
+_QUICK = 64 << 20
 
 
 def locate(data: Data) -> dict[str, dict[str, Known]]:
@@ -51,52 +55,74 @@ def locate(data: Data) -> dict[str, dict[str, Known]]:
 
 
 def read_shards(
-    spark: SparkSession, located: Mapping[str, Mapping[str, Known]], data: Data, vocab_size: int
-) -> dict[str, list[Shard]]:
-    """What :func:`locate` found, read and checked: all sources in one job, as none may have the tokens of another.
+    spark: SparkSession, located: Mapping[str, Mapping[str, Known]], data: Data, here: bool = False
+) -> dict[str, list[tuple[Shard, int]]]:
+    """What :func:`locate` found, read and checked, each shard with its largest token id: all sources in one job, as
+    none may have the tokens of another.
 
     Raises like :func:`index_shards` and :func:`check_shards`.
     """
     read: dict[str, tuple[Shard, int]] = {}
     for settings in (data.trained_on.keys(), located.keys() - data.trained_on.keys()):
         if together := {path: known for setting in settings for path, known in located[setting].items()}:
-            read |= {shard.path: (shard, largest) for shard, largest in index_shards(spark, together, data)}
+            read |= {shard.path: (shard, largest) for shard, largest in index_shards(spark, together, data, here)}
     for setting, paths in located.items():
-        check_shards([read[path] for path in paths], data, vocab_size, setting)
+        check_shards([read[path] for path in paths], data, setting)
     tokens.check_alike([shard for shard, _ in read.values()])
-    return {setting: [read[path][0] for path in paths] for setting, paths in located.items()}
+    return {setting: [read[path] for path in paths] for setting, paths in located.items()}
 
 
-def index_shards(spark: SparkSession, located: Mapping[str, Known], data: Data) -> list[tuple[Shard, int]]:
+def is_quick(located: Iterable[str]) -> bool:
+    """Whether the shards ``located`` are of this machine and soon read."""
+    if not all(is_local(uri) for uri in located):
+        return False
+    total = 0
+    for uri in located:
+        with closing(open_source(uri)) as source:
+            total += source.size()
+    return total <= _QUICK
+
+
+def index_shards(
+    spark: SparkSession, located: Mapping[str, Known], data: Data, here: bool = False
+) -> list[tuple[Shard, int]]:
     """The shards ``located`` (:func:`sparktrain.tokens.locate_shards`) in order, each with its largest token id; read
-    by executors as ``data`` says, one task per shard.
+    as ``data`` says by executors, one task per shard, or ``here``, by this process.
 
     Raises :class:`DataError` for the first shard that an executor cannot read, that is no shard or not the one its
     manifest knows, and for two with the same tokens.
     """
-    rows = (
-        spark.createDataFrame(
-            [(path, *known) for path, known in located.items()], "path string, size long, hash string"
-        )
-        .repartition(min(len(located), 4 * spark.sparkContext.defaultParallelism))
-        .mapInArrow(partial(_inspect, data), "path string, shard string, max_token long, digest string, problem string")
-        .collect()
-    )
+    asked = [{"path": path, "size": known.num_bytes, "hash": known.sha256} for path, known in located.items()]
+    if here:
+        found = [row for batch in _inspect(data, [pa.RecordBatch.from_pylist(asked)]) for row in batch.to_pylist()]
+    else:
+        found = [
+            row.asDict()
+            for row in spark.createDataFrame(
+                [tuple(row.values()) for row in asked], "path string, size long, hash string"
+            )
+            .repartition(min(len(located), 4 * spark.sparkContext.defaultParallelism))
+            .mapInArrow(
+                partial(_inspect, data), "path string, shard string, max_token long, digest string, problem string"
+            )
+            .collect()
+        ]
     seen: dict[str, str] = {}
-    for row in sorted(rows, key=lambda r: r.path):
-        if row.problem:
-            raise DataError(row.problem)
-        if (first := seen.setdefault(row.digest, row.path)) != row.path:
-            raise DataError(f"shards {first} and {row.path} hold the same tokens: remove one of them")
-    return [(Shard.from_json(json.loads(r.shard)), r.max_token) for r in sorted(rows, key=lambda r: r.path)]
+    rows = sorted(found, key=itemgetter("path"))
+    for row in rows:
+        if row["problem"]:
+            raise DataError(row["problem"])
+        if (first := seen.setdefault(row["digest"], row["path"])) != row["path"]:
+            raise DataError(f"shards {first} and {row['path']} hold the same tokens: remove one of them")
+    return [(Shard.from_json(json.loads(row["shard"])), row["max_token"]) for row in rows]
 
 
-def check_shards(shards: Sequence[tuple[Shard, int]], data: Data, vocab_size: int, setting: str) -> None:
-    """Raises :class:`DataError` for a shard without one whole sequence, cut into other rows than the windows of
-    ``data``, or with a token id the model does not know; and where shards come from different tokenizers."""
+def check_shards(shards: Sequence[tuple[Shard, int]], data: Data, setting: str) -> None:
+    """Raises :class:`DataError` for a shard without one whole sequence, or cut into other rows than the windows of
+    ``data``; and where shards come from different tokenizers."""
     tokens.check_alike([shard for shard, _ in shards])
     length = window_length(data.window, data.sequence_length)
-    for shard, max_token in shards:
+    for shard, _ in shards:
         if shard.row_length not in (0, length):
             fitting = data.sequence_length + shard.row_length - length
             raise DataError(
@@ -109,6 +135,11 @@ def check_shards(shards: Sequence[tuple[Shard, int]], data: Data, vocab_size: in
                 f"{data.sequence_length} + 1: set data.sequence_length to at most {shard.num_tokens - 1} or remove the "
                 f"shard from {setting}"
             )
+
+
+def check_vocabulary(shards: Sequence[tuple[Shard, int]], data: Data, vocab_size: int) -> None:
+    """Raises :class:`DataError` for a shard with a token id the model does not know, saying where."""
+    for shard, max_token in shards:
         if max_token >= vocab_size:
             where = _first_at_least(shard, vocab_size, reach.opener(data, reach.known([shard])))
             raise DataError(

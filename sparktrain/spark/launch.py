@@ -9,32 +9,51 @@ DeepspeedTorchDistributor uses in-tree; same signature in pyspark 4.0 to 4.3.
 import contextlib
 import re
 import signal
+import socketserver
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from pyspark import InheritableThread, cloudpickle
 from pyspark.ml.torch.distributor import TorchDistributor
-from pyspark.ml.torch.log_communication import LogStreamingServer  # type: ignore[attr-defined]
+from pyspark.ml.torch.log_communication import LogStreamingServer, WriteLogToStdout  # type: ignore[attr-defined]
 from pyspark.sql import SparkSession
 
 from sparktrain.errors import LaunchError
 from sparktrain.results import RankFailure
 from sparktrain.rundir import STOP, RunDir
-from sparktrain.spark import ending, task
+from sparktrain.spark import ending, network, task
 from sparktrain.spark.watch import Verdict, hung, watching
 
-for module in (task, ending):
+for module in (task, ending, network):
     cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
-_LOG_SERVER_SECONDS = 5.0
 _NO_MEMORY = "out of memory|can't allocate memory"
 _NO_MEMORY_HINT = ": lower train.micro_batch, or set model.gradient_checkpointing"
 # What a file system or a network says that may be well again a moment later.
 _REFUSALS = ("Changed", "OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "TimeoutError")
+
+
+class _LogSocket(socketserver.ThreadingTCPServer):
+    is_active = True
+
+
+class LogServer(LogStreamingServer):  # type: ignore[misc]
+    """Takes the ranks' lines on one of the driver's addresses; the stock one listens on all of them."""
+
+    def start(self, spark_host_address: str = "") -> None:
+        self.server = _LogSocket((spark_host_address, 0), WriteLogToStdout)
+        self.port = self.server.server_address[1]
+        self.serve_thread = threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True)
+        self.serve_thread.start()
+
+    def shutdown(self) -> None:
+        server = self.server
+        super().shutdown()
+        if server:
+            server.server_close()
 
 
 class RankDistributor(TorchDistributor):
@@ -55,15 +74,11 @@ class RankDistributor(TorchDistributor):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """The inherited method without its second of sleep, a tenth of a small run's start: it waits for the log
-        server's port, which is open once ``server`` is set."""
+        """The inherited method without its second of sleep, a tenth of a small run's start, for a server to start."""
         self._check_encryption()
-        logs = LogStreamingServer()
+        logs = LogServer()
         self.driver_address = str(self.spark.conf.get("spark.driver.host"))
-        logs.start(spark_host_address=self.driver_address)
-        deadline = time.monotonic() + _LOG_SERVER_SECONDS
-        while logs.server is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        logs.start(str(self.spark.conf.get("spark.driver.bindAddress", self.driver_address)))
         self.log_streaming_server_port = logs.port
         try:
             act = self._get_spark_task_function(

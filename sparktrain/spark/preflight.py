@@ -16,6 +16,7 @@ from pyspark.sql import SparkSession
 from sparktrain.config import Data, InnerLoop, RunConfig
 from sparktrain.errors import ConfigError, DataError, LaunchError
 from sparktrain.spark import sanity, task
+from sparktrain.spark.scheduling import check_drivers_gpus, check_executors_settings, conf
 from sparktrain.tokens.sources import absolute
 
 # Executors register a moment after the session is there.
@@ -33,9 +34,9 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
     if mode == "auto":
         mode = "local" if is_local_master(spark) else "executors"
     if mode == "executors":
-        _check_scheduling(spark)
+        check_executors_settings(spark)
         slots = count_slots(spark, config.launch.ranks)
-        ranks, threads = config.launch.ranks or slots, int(_conf(spark, "spark.task.cpus", "1"))
+        ranks, threads = config.launch.ranks or slots, int(conf(spark, "spark.task.cpus", "1"))
         if ranks > slots:
             raise ConfigError(
                 f"launch.ranks is {ranks}, but the cluster has {slots} slots for barrier tasks: set launch.ranks to at "
@@ -46,6 +47,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         ranks = config.launch.ranks or spark.sparkContext.defaultParallelism
         threads = max(1, cores // ranks)
+        check_drivers_gpus(spark, ranks)
         if config.launch.launcher == "direct" and ranks > 1:
             raise ConfigError(
                 "launch.launcher is direct, which starts one rank per Spark task, but launch.mode is local: "
@@ -131,14 +133,14 @@ def check_executors(spark: SparkSession, config: RunConfig, paths: list[str]) ->
 
 def is_local_master(spark: SparkSession) -> bool:
     """Whether executors are threads of the driver's JVM (``local[4]``; ``local-cluster`` has real ones)."""
-    master = _conf(spark, "spark.master", "")
+    master = conf(spark, "spark.master", "")
     return master == "local" or master.startswith("local[")
 
 
 def uses_gpu(spark: SparkSession, local: bool) -> bool:
     """Whether Spark gives ranks GPUs: by ``spark.task.resource.gpu.amount``, in local mode by the driver's."""
     key = "spark.driver.resource.gpu.amount" if local else "spark.task.resource.gpu.amount"
-    return _conf(spark, key, "0") not in ("", "0")
+    return conf(spark, key, "0") not in ("", "0")
 
 
 def import_path() -> tuple[str, ...]:
@@ -169,36 +171,12 @@ def _program(settings: InnerLoop) -> dict[str, Any]:
     return {"command": words, "module_search_roots": [str(root.absolute()) for root in settings.module_search_roots]}
 
 
-def _check_scheduling(spark: SparkSession) -> None:
-    """Settings under which Spark cannot run a barrier stage, or would run a rank twice."""
-    forbidden = {
-        "spark.dynamicAllocation.enabled": "ranks need all their executors from start to end",
-        "spark.speculation": "it would start a second copy of a slow rank",
-    }
-    for key, reason in forbidden.items():
-        if _conf(spark, key, "false").lower() == "true":
-            raise ConfigError(f"{key} is true, but {reason}: submit with --conf {key}=false")
-    if _conf(spark, "spark.ssl.enabled", "false") == "true" and (
-        _conf(spark, "pytorch.spark.distributor.ignoreSsl", "false") != "true"
-    ):
-        raise ConfigError(
-            "spark.ssl.enabled is true, but gradients cross the network unencrypted, as TorchDistributor warns: "
-            "accept that with --conf pytorch.spark.distributor.ignoreSsl=true"
-        )
-    amount = _conf(spark, "spark.task.resource.gpu.amount", "0")
-    if not amount.isdigit() or int(amount) > 1:
-        raise ConfigError(
-            f"spark.task.resource.gpu.amount is {amount}, expected 1 (one GPU per rank) or unset: "
-            "submit with --conf spark.task.resource.gpu.amount=1"
-        )
-
-
 def count_slots(spark: SparkSession, wanted: int = 0) -> int:
     """Barrier tasks the cluster can run at once, known to the JVM; fewer than ``wanted``, or 0, only after waiting for
     executors to register."""
     jvm = spark.sparkContext._jsc.sc()
     profile = jvm.resourceProfileManager().defaultResourceProfile()
-    expected = int(_conf(spark, "spark.executor.instances", "1"))
+    expected = int(conf(spark, "spark.executor.instances", "1"))
     deadline = time.monotonic() + _REGISTRATION_SECONDS
     while True:
         slots, executors = int(jvm.maxNumConcurrentTasks(profile)), int(jvm.getExecutorMemoryStatus().size()) - 1
@@ -221,7 +199,3 @@ def _probe(spark: SparkSession, config: RunConfig, paths: list[str]) -> list[dic
     ranks = config.launch.ranks
     rows = spark.range(0, ranks, 1, ranks).mapInArrow(ask, "report string", barrier=True).collect()
     return sorted((json.loads(row.report) for row in rows), key=lambda r: int(r["node"]))
-
-
-def _conf(spark: SparkSession, key: str, default: str) -> str:
-    return str(spark.conf.get(key, default))

@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sparktrain.spark.ending import die_with_parent, stop, with_attempt
+from sparktrain.spark.network import interface_to, meeting_file, own_address
 
 _TAIL_LINES = 40
 _PACKAGES = ("sparktrain", "torch", "transformers", "numpy", "pyarrow", "pyspark")
@@ -63,11 +63,13 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
     per_node = int(input_params["num_processes"]) // nodes
     node = 0 if local else int(os.environ["NODE_RANK"])
     environment = _environment(job, "127.0.0.1" if local else os.environ["MASTER_ADDR"])
+    meeting = ""
     if job.launcher == "direct":
         environment |= {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes)}
         command, prefix = [sys.executable, "-u", "-m", module, job.run_dir], f"[rank {node} {socket.gethostname()}] "
     else:
-        command, prefix = [*_torchrun(local, nodes, node, per_node, job), "-m", module, job.run_dir], ""
+        meeting = meeting_file() if local else ""
+        command, prefix = [*_torchrun(meeting, nodes, node, per_node, job), "-m", module, job.run_dir], ""
     child = subprocess.Popen(
         command,
         env=environment,
@@ -84,18 +86,23 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
             child.wait()
     finally:
         stop(child, job.grace)
+        with suppress(OSError):
+            os.unlink(meeting)
     if child.returncode != 0:
         _write_exit(job, node, child.returncode, tail)
         raise RuntimeError(f"ranks of task {node} on {socket.gethostname()} ended with status {child.returncode}")
 
 
-def _torchrun(local: bool, nodes: int, node: int, per_node: int, job: Job) -> list[str]:
-    if local:
-        where = ["--standalone", "--local-addr=127.0.0.1"]
+def _torchrun(meeting: str, nodes: int, node: int, per_node: int, job: Job) -> list[str]:
+    if meeting:
+        where = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={meeting}"]
+        where += [f"--rdzv-id={job.run_id}-{job.generation}", "--local-addr=127.0.0.1"]
     else:
         endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         # A rendezvous id of its own: TorchDistributor's constant 0 lets a rank of a dead run join this one.
         where = [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={job.run_id}-{job.generation}", f"--node-rank={node}"]
+        if own := own_address(os.environ["MASTER_ADDR"]):
+            where.append(f"--local-addr={own}")  # rank 0's store is opened on that alone
     return [
         sys.executable,
         "-m",
@@ -109,35 +116,16 @@ def _torchrun(local: bool, nodes: int, node: int, per_node: int, job: Job) -> li
 
 
 def _environment(job: Job, master: str) -> dict[str, str]:
-    interface = _interface_to(master)
+    interface = interface_to(master)
     chosen = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
     return {**chosen, **os.environ} | {
         "PYTHONPATH": os.pathsep.join(_import_path(job.import_path)),
         "OMP_NUM_THREADS": str(job.threads),
         "SPARKTRAIN_GENERATION": str(job.generation),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torchrun's listens everywhere; ranks have their own (world.py)
         "SPARKTRAIN_TASK": str(os.getpid()),
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[rank ${{rank}} {socket.gethostname()}] ",
     }
-
-
-def _interface_to(address: str) -> str | None:
-    """Name of the network interface that leads to ``address``. Left alone, gloo takes the one that the host's name
-    resolves to, which on many machines is the loopback, and ranks of other hosts cannot connect."""
-    if sys.platform != "linux":
-        return None
-    import fcntl
-
-    get_interface_address = 0x8915
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        with suppress(OSError):
-            probe.connect((address, 9))  # sends nothing: it asks the routing table for our own address
-        mine = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an IPv4 address
-                answer = fcntl.ioctl(probe.fileno(), get_interface_address, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(answer[20:24]) == mine:
-                    return name
-    return None
 
 
 def _import_path(driver_path: tuple[str, ...]) -> list[str]:
@@ -167,9 +155,16 @@ def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]
 
 def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
     sys.path[:] = _import_path(job.import_path)
+    from sparktrain.redaction import hidden
     from sparktrain.rundir import RunDir
 
-    exit_ = {"node": node, "host": socket.gethostname(), "launcher": job.launcher, "status": status, "tail": tail}
+    exit_ = {
+        "node": node,
+        "host": socket.gethostname(),
+        "launcher": job.launcher,
+        "status": status,
+        "tail": [hidden(line) for line in tail],
+    }
     RunDir(job.run_dir).write_exit(job.generation, exit_)
 
 

@@ -6,6 +6,7 @@ file of another format with that suffix) and, where it has more, ``document_ends
 the bytes are is ``sources/``.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -210,8 +211,8 @@ def _places(where: Path | str | Sequence[str]) -> Sequence[str]:
 
 
 def _in_order(found: list[tuple[str, Known]]) -> dict[str, Known]:
-    twice = next((a for (a, _), (b, _) in pairwise(sorted(found)) if a == b), None)
-    if twice:
+    files = sorted(os.path.realpath(uri) if sources.is_local(uri) else uri for uri, _ in found)
+    if twice := next((a for a, b in pairwise(files) if a == b), None):
         raise DataError(f"shard {twice} is in the data twice, by name or by a link: name it once")
     return dict(sorted(found))
 

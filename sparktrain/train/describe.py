@@ -1,6 +1,7 @@
 """What training a config would need, without weights: asked by the driver of an executor, through the door."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -11,6 +12,7 @@ from sparktrain.errors import ConfigError, ModelError
 from sparktrain.train import pipelines, sanity
 from sparktrain.train.models import model_config
 from sparktrain.train.strategies import STRATEGIES
+from sparktrain.train.weight_files import weight_files
 from sparktrain.train.world import start_world
 
 
@@ -22,13 +24,17 @@ def describe(config: RunConfig) -> dict[str, Any]:
     :func:`sparktrain.train.models.model_config` and :func:`sparktrain.train.sanity.look`.
     """
     hf_config = model_config(config)
+    if config.model.from_pretrained and Path(config.model.from_pretrained).is_dir():
+        weight_files(Path(config.model.from_pretrained))
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 hf_config, trust_remote_code=config.model.trust_remote_code
             )
     except ValueError as error:
-        raise ModelError(f"the model is no causal language model: {str(error).splitlines()[0]}") from None
+        raise ModelError(
+            f"the model is no causal language model, as llama is: {str(error).splitlines()[0]}; give another one"
+        ) from None
     except (RuntimeError, TypeError, ZeroDivisionError) as error:  # torch's, of sizes that transformers let pass
         raise ConfigError(f"model.sizes make no model: {str(error).splitlines()[0]}") from None
     kind = STRATEGIES[config.strategy.kind]

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
 from sparktrain import trained
 from sparktrain.config import Section
 from sparktrain.errors import ConfigError, ModelError
 from sparktrain.train import models
+from sparktrain.train.pretrained import load_tokenizer
+
+# Of a model that knows no limit.
+_LONGEST = 2**20
 
 
 class Generate(Section):
@@ -43,14 +47,14 @@ def generate(settings: Generate) -> Iterator[str]:
         raise ModelError(
             f"{path} holds no tokenizer: expected {directory / 'tokenizer.json'}; put the model's own there"
         )
-    model, tokenizer = models.load(directory), AutoTokenizer.from_pretrained(directory)
+    model, tokenizer = models.load(directory), load_tokenizer(directory)
     torch.manual_seed(settings.seed)
     streamer = TextIteratorStreamer(tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
     inputs = tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False)
-    length, positions = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    length, positions = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None) or _LONGEST
     if not 0 < length < positions:
         raise ConfigError(
             f"prompt has {length} tokens, the model {positions} positions: give a prompt of 1 to {positions - 1}"

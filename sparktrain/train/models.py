@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparktrain.config import Model, RunConfig
 from sparktrain.errors import ConfigError, ModelError
+from sparktrain.train.pretrained import check_config, load_tokenizer, pretrained, quieten, unusable
+from sparktrain.train.weight_files import weight_files
 from sparktrain.train.world import World
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,6 +27,7 @@ def model_config(config: RunConfig) -> Any:
     Raises :class:`ModelError` for a directory or id without a usable config, :class:`ConfigError` for wrong sizes
     or a sequence longer than the model's positions.
     """
+    quieten()
     settings = config.model
     hf_config = _pretrained_config(settings) if settings.from_pretrained else _scratch_config(config)
     positions = getattr(hf_config, "max_position_embeddings", None)
@@ -52,13 +53,10 @@ def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Pr
     torch.manual_seed(config.run.seed)
     options: dict[str, Any] = {"dtype": _DTYPES[settings.dtype], "attn_implementation": settings.attention}
     if source and world.rank == 0:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=None if checkpoint else settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-            **options,
-        )
+        revision = None if checkpoint else settings.revision
+        if Path(source).is_dir():
+            weight_files(Path(source))
+        model = pretrained(source, revision=revision, trust_remote_code=settings.trust_remote_code, **options)
     else:
         hf_config = model_config(config) if settings.trust_remote_code else AutoConfig.for_model(**values)
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -81,14 +79,8 @@ def load(directory: Path) -> Any:
     Raises :class:`ModelError` for files that are damaged, and where some are missing: what they lack would be drawn at
     random.
     """
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    loader: Any = AutoModelForCausalLM
-    try:
-        model, told = loader.from_pretrained(directory, use_safetensors=True, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if told["missing_keys"]:
-        raise ModelError(f"{directory} lacks the weights of {min(told['missing_keys'])}: it was not copied whole")
+    weight_files(directory)
+    model: Any = pretrained(directory, dtype="auto")
     return model.eval()
 
 
@@ -131,14 +123,14 @@ def weights(model: PreTrainedModel, current: Mapping[str, Tensor]) -> dict[str, 
 def write(model: PreTrainedModel, state: dict[str, Tensor], config: RunConfig, path: Path) -> list[Path]:
     """Write a model of the kind of ``model`` with the weights ``state`` and its tokenizer into ``path``, as a Hugging
     Face directory; returns its files. ``model`` may go on training meanwhile."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quieten()
     model.save_pretrained(path, state_dict=state)
     # Off while training, on for whoever opens the directory; the model itself must not change under the loop.
     settings = json.loads((path / "config.json").read_text(encoding="utf-8")) | {"use_cache": True}
     (path / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer = tokenizer_path(config)
     if tokenizer:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+        load_tokenizer(tokenizer).save_pretrained(path)
     return [
         file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "rank-", "strategy."))
     ]
@@ -169,12 +161,20 @@ def _pretrained_config(settings: Model) -> Any:
         trained = (local / "model" / "config.json").exists()
         instead = f"did you mean {local / 'model'}?" if trained else "give a Hugging Face model directory"
         raise ModelError(f"model directory {source} has no config.json: {instead}")
+    if not local.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ModelError(
+            f"model.from_pretrained {source} is no directory and no hub id: give a Hugging Face model directory that "
+            "executors can read, or OWNER/NAME"
+        )
     try:
+        check_config(source, settings.revision)
         hf_config = AutoConfig.from_pretrained(
             source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.from_pretrained {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except ModelError:
+        raise
+    except Exception as error:  # of what is no config.json, transformers raises what it stumbled over
+        raise unusable(source, error) from None
     for name, value in settings.sizes.items():
         if getattr(hf_config, name, None) != value:
             raise ConfigError(
@@ -196,7 +196,7 @@ def _scratch_config(config: RunConfig) -> Any:
     if unknown:
         raise ConfigError(f"model.sizes.{unknown[0]} is not a size of {settings.architecture}: remove it")
     if path := tokenizer_path(config):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
         # A multiple of 64 keeps the largest matrix aligned; the ids above the tokenizer's are never used.
         sizes.setdefault("vocab_size", -(-len(tokenizer) // 64) * 64)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the architecture's own are of its own tokenizer

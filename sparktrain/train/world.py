@@ -4,6 +4,8 @@ Every collective here is called by every rank in the same order.
 """
 
 import contextlib
+import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator
@@ -67,15 +69,43 @@ def start_world(threads: int, timeout_seconds: int) -> Iterator[World]:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(threads)
-    store = torch._C._distributed_c10d.HashStore() if "MASTER_ADDR" not in os.environ else None
+    timeout = timedelta(seconds=timeout_seconds)
+    store = _store(rank, size, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank if store else -1,
         world_size=size if store else -1,
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timeout,
     )
     try:
         yield World(rank, size, device, socket.gethostname())
     finally:
         dist.destroy_process_group()
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> "torch._C._distributed_c10d.Store | None":
+    """Where ranks tell each other their addresses; None: where torchrun keeps one, for ranks that it was started for by
+    hand. torch's own server would listen on every interface of rank 0's machine; this one does on ``MASTER_ADDR``'s."""
+    if "MASTER_ADDR" not in os.environ:
+        return torch._C._distributed_c10d.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = _listen(host, port) if rank == 0 else None
+    store = torch._C._distributed_c10d.TCPStore
+    return store(host, port, size, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening)
+
+
+def _listen(host: str, port: int) -> int | None:
+    """A socket that takes connections on the address of ``host``; None where others know this machine by another one:
+    behind a gateway, or where its name is the loopback's in its own /etc/hosts."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if ipaddress.ip_address(address[0]).is_loopback and host not in ("localhost", address[0]):
+        return None
+    try:
+        return socket.create_server(address[:2], family=family).detach()
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+    return None

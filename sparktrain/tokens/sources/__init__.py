@@ -8,6 +8,7 @@
     s3://bucket/en  gs://...  abfs://...    the same of any store that fsspec has a driver for
 """
 
+import re
 from collections.abc import Collection
 from hashlib import sha256
 from pathlib import PurePosixPath
@@ -107,8 +108,14 @@ def _kind(uri: str) -> Kind:
     scheme, _, rest = uri.partition("://")
     if not rest:
         return SOURCES[""]
-    if ":" in rest.partition("/")[0].rpartition("@")[0]:
+    user = rest.partition("/")[0].rpartition("@")[0]
+    if ":" in user or (user and scheme in ("http", "https")):
         raise DataError(f"a {scheme}:// address is given with a password: it would end up in the plan and in logs")
+    if re.search(r"\?[\w.~%-]+=", rest):
+        raise DataError(
+            f"{scheme}://{rest.partition('?')[0]} is given with a query, often a signature: it would end up in "
+            "the plan and in logs; give the address alone, and what proves who you are in the environment"
+        )
     if scheme in SOURCES:
         return SOURCES[scheme]
     if not filesystem.known(scheme):

@@ -1,19 +1,16 @@
 """Files of any store that fsspec opens: s3, gs, abfs, hdfs, dbfs, ... Credentials are those that its driver finds
 itself, in its own environment variables or files; ``FSSPEC_<SCHEME>_<ARGUMENT>`` sets any argument of any driver."""
 
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import fsspec
 
 from sparktrain.errors import DataError
+from sparktrain.redaction import hidden
 from sparktrain.tokens.sources.patience import Passing, Patience, persist
 
 T = TypeVar("T")
-
-# Signed queries, users with passwords, and tokens that are known by their looks: drivers put them into their errors.
-_SECRETS = re.compile(r"\?\S+|(?<=//)\S+@|\b(?:hf_|AKIA|ASIA|Bearer |Basic |dapi)[\w+/=.-]+", re.IGNORECASE)
 
 
 class FilesystemSource:
@@ -87,10 +84,10 @@ def _store(uri: str) -> tuple[Any, str]:
         missing = getattr(error.__cause__ or error, "name", None) or "of its driver"
         package = missing.partition(".")[0]
         raise DataError(
-            f"{_hidden(uri)} needs the Python package {package}: pip install {package} on driver and executors"
+            f"{hidden(uri)} needs the Python package {package}: pip install {package} on driver and executors"
         ) from None
     except Exception as error:
-        raise DataError(f"{_hidden(uri)} cannot be opened: {_said(error)}") from None
+        raise DataError(f"{hidden(uri)} cannot be opened: {_said(error)}") from None
     return store, str(path)
 
 
@@ -106,10 +103,10 @@ def _translated(uri: str, patience: Patience, attempt: Callable[[], T]) -> T:
             raise FileNotFoundError(uri) from None
         except PermissionError as error:
             raise DataError(
-                f"{_hidden(uri)} may not be read: {_said(error)}; give driver and executors credentials for it"
+                f"{hidden(uri)} may not be read: {_said(error)}; give driver and executors credentials for it"
             ) from None
         except (NotImplementedError, TypeError, ValueError) as error:
-            raise DataError(f"{_hidden(uri)} cannot be read: {_said(error)}") from None
+            raise DataError(f"{hidden(uri)} cannot be read: {_said(error)}") from None
         except Exception as error:
             raise Passing(_said(error)) from None
 
@@ -117,15 +114,11 @@ def _translated(uri: str, patience: Patience, attempt: Callable[[], T]) -> T:
         return persist(patience, once)
     except Passing as failure:
         raise DataError(
-            f"{_hidden(uri)} cannot be read: {failure} ({patience.attempts} attempts); check address and credentials"
+            f"{hidden(uri)} cannot be read: {failure} ({patience.attempts} attempts); check address and credentials"
         ) from None
 
 
 def _said(error: Exception) -> str:
     """One line of ``error`` without secrets."""
     first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__} {_SECRETS.sub('…', first)}".strip()[:300]
-
-
-def _hidden(uri: str) -> str:
-    return _SECRETS.sub("…", uri)
+    return f"{type(error).__name__} {hidden(first)}".strip()[:300]

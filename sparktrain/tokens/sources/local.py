@@ -56,7 +56,8 @@ def open_if_there(uri: str) -> LocalSource | None:
 def files_in(uri: str) -> list[str] | None:
     """See :data:`sparktrain.tokens.source.Lister`; as absolute paths."""
     try:
-        return [str(path.resolve()) for path in Path(_path(uri)).iterdir()]
+        # Entries by their own names: a link in a cache leads to a file named by its hash, with no side files beside it.
+        return [str(path) for path in Path(_path(uri)).resolve().iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -65,7 +66,8 @@ def files_in(uri: str) -> list[str] | None:
 
 def absolute(path: str) -> str:
     """As ``files_in`` would give it."""
-    return str(Path(path).resolve())
+    found = Path(path)
+    return str(found.resolve() if found.is_dir() else found.parent.resolve() / found.name)
 
 
 def _path(uri: str) -> str:

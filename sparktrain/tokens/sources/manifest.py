@@ -17,6 +17,7 @@ FORMAT = "sparktrain-tokens/1"
 _NAME = "manifest.json"
 # Of a million shards; more is something else.
 _MOST_BYTES = 256 << 20
+_ENTRY = {"path": str, "bytes": int, "sha256": str}
 
 
 class Known(NamedTuple):
@@ -63,21 +64,22 @@ def _read(uri: str, opener: Opener) -> dict[str, Known]:
         raise DataError(f"{uri} has {source.size()} bytes: it is no manifest of shards; move it elsewhere")
     try:
         values = json.loads(source.read(0, source.size()))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{uri} is no JSON: it is torn; write it again or remove it") from None
     finally:
         source.close()
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         return {}
     base, found = uri.removesuffix(f"/{_NAME}"), {}
-    for shard in values.get("shards", []):
-        try:
-            path, known = str(shard["path"]), Known(int(shard["bytes"]), str(shard["sha256"]))
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{uri} has a shard without path, bytes or sha256: make it again") from None
+    if not isinstance(shards := values.get("shards", []), list):
+        raise DataError(f"{uri} has no list of shards: make it again")
+    for shard in shards:
+        if not isinstance(shard, dict) or any(type(shard.get(key)) is not kind for key, kind in _ENTRY.items()):
+            raise DataError(f"{uri} has a shard without path, bytes or sha256: make it again")
+        path, known = shard["path"], Known(shard["bytes"], shard["sha256"])
         if _escapes(path):
             raise DataError(f"{uri} names the shard {path!r}, which is not inside its directory: do not trust it")
-        if known.num_bytes <= 0 or not re.fullmatch(r"[0-9a-f]{64}", known.sha256):
+        if not 0 < known.num_bytes < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", known.sha256):
             raise DataError(f"{uri} has for shard {path} {known.num_bytes} bytes, sha256 {known.sha256[:64]!r}: "
                             "make it again")  # fmt: skip
         found[f"{base}/{path}"] = known

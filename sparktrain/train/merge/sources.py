@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparktrain.errors import ModelError
 from sparktrain.train.parameter_pack import read_manifest
+from sparktrain.train.weight_files import weight_files
 
 PIECE = 2**16
 """Coordinates read of each model at a time: half a megabyte per candidate in float64."""
@@ -81,7 +81,7 @@ def open_source(path: Path) -> Source:
         hashes = {key: manifest[key] for key in ("layout_hash", "model_schema_hash")}
         return Source(path, {part.name: part}, (), (values,), hashes)
     directory = path / "model" if (path / "model" / "config.json").exists() else path
-    files = _weight_files(directory)
+    files = weight_files(directory)
     parts = [part for file in files for part in _parts(file)]
     floats = {part.name: part for part in parts if part.dtype is not None}
     if not floats:
@@ -162,32 +162,8 @@ def _put(file: Path, offset: int, raw: "np.ndarray[Any, np.dtype[np.uint8]]") ->
         out.write(raw.data)
 
 
-def _weight_files(directory: Path) -> tuple[Path, ...]:
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return (single,)
-    if not index.exists():
-        raise ModelError(
-            f"{directory} is no model: expected model.safetensors, model.safetensors.index.json or a parameter pack's "
-            "manifest.json in it"
-        )
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} is no index of safetensors files: it has no weight_map") from None
-    for name in names:
-        if Path(name).name != name or not (directory / name).exists():
-            raise ModelError(f"{index} names {name!r}, which is not beside it: the model was not copied whole")
-    return tuple(directory / name for name in names)
-
-
 def _parts(file: Path) -> Iterator[Part]:
-    """The tensors of a safetensors file, in the order of their bytes."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass  # it checks header, bounds and length
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is no safetensors file: {error}; it was not copied whole") from None
+    """The tensors of a safetensors file that is whole, in the order of their bytes."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header: dict[str, Any] = json.loads(opened.read(length))
