@@ -38,6 +38,11 @@ def write_table(path: Path, table: pa.Table) -> None:
     write(path, content.getvalue())
 
 
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def sync_directory(path: Path) -> None:
     """Bring the names in ``path`` to disk, where the system can."""
     try:

@@ -31,30 +31,20 @@ Single files are written under a temporary name and renamed, so that no reader e
 
 import contextlib
 import datetime
-import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from sparktrain.atomic import write, write_json, write_table
+from sparktrain.atomic import read_json, write_json, write_table
+from sparktrain.attempts import Attempts
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
 from sparktrain.config.section import differences
-from sparktrain.errors import ConfigError, LaunchError
+from sparktrain.errors import ConfigError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
-from sparktrain.results import (
-    Asked,
-    Outcome,
-    RankFailure,
-    RankResult,
-    RunResult,
-    dump_outcome,
-    load_outcome,
-    read_records,
-)
+from sparktrain.results import Asked, RankResult, RunResult, read_records
 
 FORMAT, SAVE, STOP = 1, "SAVE", "STOP"
 
@@ -64,11 +54,11 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").exists()
 
 
-class RunDir:
+class RunDir(Attempts):
     """The run directory at ``path``. Making the object touches nothing."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+        super().__init__(Path(path).absolute())
         self.plan = self.path / "plan"
         self.digests = self.path / "digests"
         self.model = self.path / "model"
@@ -83,7 +73,7 @@ class RunDir:
             self._check_free()
             return
         try:
-            known = _read_json(self.path / "run.json")
+            known = read_json(self.path / "run.json")
             known["format"], known["identity"], known["run_id"]
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(f"run.dir {self.path} has a run.json that is none: choose another run.dir") from None
@@ -109,7 +99,7 @@ class RunDir:
 
     def run_id(self) -> str:
         """32 hex digits that name this run and no other."""
-        return str(_read_json(self.path / "run.json")["run_id"])
+        return str(read_json(self.path / "run.json")["run_id"])
 
     def _check_free(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -159,53 +149,8 @@ class RunDir:
             except FileExistsError:
                 number += 1
 
-    def latest_generation(self) -> int:
-        """The newest attempt's number; 0 before the first."""
-        names = [p.name for p in (self.path / "gen").glob("*")]
-        return max((int(name) for name in names if name.isdigit()), default=0)
-
-    def generation(self, number: int) -> Path:
-        return self.path / "gen" / f"{number:06d}"
-
-    def logs(self, number: int) -> Path:
-        return self.generation(number) / "logs"
-
-    def pulse(self, generation: int, rank: int) -> Path:
-        return self.generation(generation) / f"pulse-{rank:05d}.json"
-
-    def records(self, generation: int, rank: int, step: int) -> Path:
-        """A rank's steps from the checkpoint before to that at ``step``."""
-        return self.generation(generation) / f"records-{rank:05d}-{step:09d}.parquet"
-
-    def heartbeat(self, generation: int, rank: int) -> Path:
-        return self.generation(generation) / f"heartbeat-{rank:05d}.json"
-
-    def over(self, generation: int) -> Path:
-        return self.generation(generation) / "over.json"
-
-    def end(self, generation: int, why: str) -> None:
-        """Have the tasks of an attempt kill its ranks."""
-        write_json(self.over(generation), {"why": why})
-
-    def receipts(self, generation: int, rank: int, step: int) -> Path:
-        """What a rank read from the file before to ``step``."""
-        return self.generation(generation) / f"receipts-{rank:05d}-{step:09d}.parquet"
-
     def write_plan_spec(self, spec: PlanSpec) -> None:
         write_json(self.path / "plan.json", spec.to_json())
-
-    def outcomes(self, generation: int) -> list[Outcome]:
-        """Every output file of an attempt, by rank."""
-        files = sorted(self.generation(generation).glob("rank-*.pickle"))
-        found = [load_outcome(file.read_bytes(), str(file)) for file in files]
-        for file, outcome in zip(files, found, strict=True):
-            if file.name != f"rank-{outcome.rank:05d}.pickle":
-                raise LaunchError(f"output file {file} is that of rank {outcome.rank}: remove it")
-        return found
-
-    def exits(self, generation: int) -> list[dict[str, Any]]:
-        """How the processes of an attempt ended, as their Spark tasks saw it (``task.py``)."""
-        return [_read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]
 
     def write_result(self, result: RunResult) -> None:
         write_table(self.path / "metrics.parquet", result.rank_table)
@@ -246,17 +191,7 @@ class RunDir:
     def plan_spec(self) -> PlanSpec | None:
         """What the plan on disk is a function of; None where no plan was completed."""
         try:
-            spec = PlanSpec.from_json(_read_json(self.path / "plan.json"))
+            spec = PlanSpec.from_json(read_json(self.path / "plan.json"))
         except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
             return None
         return spec if any(self.plan.glob("*.parquet")) else None
-
-    def write_outcome(self, generation: int, outcome: RankResult | RankFailure) -> None:
-        write(self.generation(generation) / f"rank-{outcome.rank:05d}.pickle", dump_outcome(outcome))
-
-    def write_exit(self, generation: int, exit_: dict[str, Any]) -> None:
-        write_json(self.generation(generation) / f"exit-{exit_['node']:05d}.json", exit_)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

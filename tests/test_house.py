@@ -62,6 +62,8 @@ def test_imports_have_no_cycle_and_are_at_most_five_deep() -> None:
         "sparktrain.tokens.sources",
         "sparktrain.plan",
         "sparktrain.results",
+        "sparktrain.compare",
+        "sparktrain.report",
         "sparktrain.config",
         "sparktrain.train.strategies.distro",
         "sparktrain.train.strategies.replicas",
