@@ -37,7 +37,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sparktrain.atomic import read_json, write_json, write_table
-from sparktrain.attempts import Attempts
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
 from sparktrain.config.section import differences
@@ -45,6 +44,7 @@ from sparktrain.errors import ConfigError
 from sparktrain.lock import hold
 from sparktrain.plan import PlanSpec
 from sparktrain.results import Asked, RankResult, RunResult, read_records
+from sparktrain.results.attempts import Attempts
 
 FORMAT, SAVE, STOP = 1, "SAVE", "STOP"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from sparktrain.atomic import read_json, write, write_json
 from sparktrain.errors import LaunchError
-from sparktrain.results import Outcome, RankFailure, RankResult, dump_outcome, load_outcome
+from sparktrain.results.outcome import Outcome, RankFailure, RankResult, dump_outcome, load_outcome
 
 
 class Attempts:
