@@ -12,7 +12,7 @@ from nbclient.exceptions import CellExecutionError
 
 from sparktrain.rundir import RunDir
 from tests import notebooks
-from tests.test_launch import ranks_of
+from tests.test_ends import ranks_of
 
 ALL = sorted(path.stem for path in notebooks.FOLDER.glob("*.ipynb"))
 
