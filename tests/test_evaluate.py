@@ -245,5 +245,5 @@ def test_text_is_sampled_from_runs_checkpoints_and_directories_piece_by_piece(ru
         next(generate(Generate(model=run_dir, prompt="x" * 140)))
     (mute / "tokenizer.json").write_text("{}")
     (mute / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ModelError, match="mute cannot be loaded"):
+    with pytest.raises(ModelError, match="model.safetensors is no safetensors file"):
         next(generate(Generate(model=mute, prompt="def")))

@@ -18,7 +18,7 @@ from sparktrain.results.windows import windows
 from sparktrain.rundir import RunDir
 from sparktrain.train import gradients, models
 from sparktrain.train.batch import Batch
-from sparktrain.train.evaluate import token_losses
+from sparktrain.train.evaluate import sequence_losses, token_losses
 from tests.conftest import take_steps, tiny_argv
 
 
@@ -101,7 +101,7 @@ def test_fp32_accumulation_loses_nothing_of_bf16_gradients(data: Path, tmp_path:
 
     def error(accumulate_fp32: bool) -> float:
         settings = Train(total_batch=64, micro_batch=1, accumulate_fp32=accumulate_fp32)
-        gradients.accumulate(model, Batch(batch), 1 / 2048, settings, token_losses)
+        gradients.accumulate(model, Batch(batch), 1 / 2048, settings, sequence_losses)
         pairs = zip(exact, parameters, strict=True)
         return sum(float((p.grad.double() - e).square().sum()) for e, p in pairs if p.grad is not None) ** 0.5
 

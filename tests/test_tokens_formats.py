@@ -261,7 +261,7 @@ def test_shards_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     unnamed = Shard(str(tmp_path / "d.bin"), 12, 2, "raw")
     tokens.check_alike([a, unnamed, a])
     with pytest.raises(
-        DataError, match=r"a.ds and .*b.ds differ in their tokenizer, llama and gpt2: keep them in diff"
+        DataError, match=r"a.ds and .*b.ds differ in their tokenizer, llama and gpt2: train on what one tokenizer made"
     ):
         tokens.check_alike([a, unnamed, b])
     with pytest.raises(DataError, match=r"a.ds and .*c.ds differ in their token size, 2 and 4"):

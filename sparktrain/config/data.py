@@ -20,6 +20,11 @@ def _or_none(value: Any) -> Any:
     return None if value in ("", "none", "None", ("",), ["none"], [None], (None,), ["None"]) else value
 
 
+def _default(value: Any) -> Any:
+    """The same, but nothing is a place that is missing."""
+    return value if value in ("", ("",)) else _or_none(value)
+
+
 # Each has at least one place in a round of a mixture's order, which has 16,384.
 _MOST_SOURCES = 1000
 
@@ -57,7 +62,7 @@ class DataSource(Section):
 
 
 class Data(Pipeline):
-    path: Annotated[Places | None, BeforeValidator(_or_none)] = None
+    path: Annotated[Places | None, BeforeValidator(_default)] = None
     """Directory, file or URI (https://, hf://datasets/, s3://, ...; x-{00..12}.ds is 13 files), or several, with the
     token shards (*.ds, *.bin, *.npy, *.parquet) to train on; none: data/train, or data.sources. Every executor must be
     able to read it."""

@@ -55,6 +55,10 @@ class Attempts:
                 raise LaunchError(f"output file {file} is that of rank {outcome.rank}: remove it")
         return found
 
+    def has_outcome(self, generation: int) -> bool:
+        """Whether any rank of an attempt has handed back something."""
+        return any(self.generation(generation).glob("rank-*.pickle"))
+
     def exits(self, generation: int) -> list[dict[str, Any]]:
         """How the processes of an attempt ended, as their Spark tasks saw it (``task.py``)."""
         return [read_json(file) for file in sorted(self.generation(generation).glob("exit-*.json"))]

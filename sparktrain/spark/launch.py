@@ -10,10 +10,8 @@ import contextlib
 import re
 import signal
 import socketserver
-import sys
 import threading
-from collections.abc import Iterator
-from types import FrameType
+import time
 from typing import Any
 
 from pyspark import InheritableThread, cloudpickle
@@ -25,6 +23,7 @@ from sparktrain.errors import LaunchError
 from sparktrain.results import RankFailure
 from sparktrain.rundir import STOP, RunDir
 from sparktrain.spark import ending, network, task
+from sparktrain.spark.signals import unwinding
 from sparktrain.spark.watch import Verdict, hung, watching
 
 for module in (task, ending, network):
@@ -104,7 +103,7 @@ def launch(spark: SparkSession, job: task.Job, ranks: int, local: bool, use_gpu:
 
     try:
         heartbeats = [directory.heartbeat(job.generation, rank) for rank in range(ranks)]
-        with _signals_unwind(), watching(directory.config().launch, heartbeats, end) as verdict:
+        with unwinding(), watching(directory.config().launch, heartbeats, end) as verdict:
             if local:
                 distributor.run_ranks(job)
             else:
@@ -190,36 +189,20 @@ def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: tas
             if verdict.is_ignored():
                 context.cancelJobGroup(group)
     except BaseException:
+        directory, deadline = RunDir(job.run_dir), time.monotonic() + job.grace
         with contextlib.suppress(OSError):
-            RunDir(job.run_dir).request_path(STOP).touch()
-        done.wait(job.grace)
-        context.cancelJobGroup(group)
-        done.wait(10)
+            directory.request_path(STOP).touch()
+        # Where Spark was interrupted too, it will never say that ranks are done: they say so themselves, and together.
+        while not (done.wait(0.1) or directory.has_outcome(job.generation)) and time.monotonic() < deadline:
+            pass
+        ending = directory.has_outcome(job.generation)
+        done.wait(1 if ending else 0)
+        with contextlib.suppress(Exception):  # nor take a word; py4j's errors have no common type
+            context.cancelJobGroup(group)
+            done.wait(1 if ending else 10)
         raise
     if errors:
         raise errors[0]
-
-
-@contextlib.contextmanager
-def _signals_unwind() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM unwind the driver, so that ranks are stopped and the run directory is released.
-
-    pyspark's own SIGINT handler calls into the JVM from inside the handler, which fails where the interrupted code
-    was a call into the JVM itself."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: leave}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _statuses(exit_: dict[str, Any]) -> list[tuple[int, int]]:

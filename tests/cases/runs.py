@@ -96,7 +96,7 @@ def holder(**values: Any) -> Change:
     return written("LOCK", json.dumps(owner))
 
 
-WRONG = "[12] of 4 checks found something wrong, see the lines above"
+WRONG = "[1-5] of 5 checks found something wrong, see the lines above"
 START = [
     Case("run.dir is a file", start(lambda run: run.write_text("x")), 2, "run.dir .*run cannot be made|is a file"),
     Case("run.dir below a file", flags("--run.dir", f"{__file__}/x"), 2, "run.dir .* cannot be made: .*; choose anoth"),

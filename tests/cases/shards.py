@@ -173,7 +173,7 @@ SIMPLE = [
         "two token sizes",
         damaged(lambda t: np.save(t / "z.npy", np.arange(4000, dtype="<i4") % 500)),
         3,
-        "differ in their token size, 2 and 4: keep them in different directories",
+        "differ in their token size, 2 and 4: train on what one tokenizer made",
     ),
     Case("floats", damaged(lambda t: np.save(t / "z.npy", np.zeros(100))), 3, "z.npy is an array of <f8 .*: expected"),
     Case("NumPy's objects", damaged(lambda t: np.save(t / "z.npy", np.array([None, 1]))), 3, "shard .*z.npy"),
