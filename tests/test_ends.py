@@ -49,7 +49,7 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_words(spark: Any, tmp_path
     assert f"failed: DataError: {size}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
-    wait_until_gone(directory.path, 5)
+    wait_until_gone(directory.path)
 
 
 @pytest.fixture
@@ -97,9 +97,9 @@ def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
     return found
 
 
-def wait_until_gone(run_dir: Path, seconds: float) -> None:
-    """No rank of the run is left, and nobody holds it, within so many seconds."""
-    deadline = time.monotonic() + seconds
+def wait_until_gone(run_dir: Path) -> None:
+    """No rank of the run is left, and nobody holds it: in 1 to 5 s on a machine that has nothing else to do."""
+    deadline = time.monotonic() + 20
     while ranks_of(run_dir) or (run_dir / "LOCK").exists():
         assert time.monotonic() < deadline, f"left: {ranks_of(run_dir)} {list(run_dir.glob('LOCK'))}"
         time.sleep(0.1)
@@ -120,7 +120,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(long_run: Any, tmp_path: Path, 
     assert code == 7
     assert line.startswith("error: rank 1 on ")
     assert "was ended by SIGKILL (killed from outside, often for lack of memory: lower train.micro_batch)" in line
-    wait_until_gone(tmp_path / "run", 5)
+    wait_until_gone(tmp_path / "run")
 
 
 def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_end(
@@ -151,7 +151,7 @@ def test_a_run_whose_rank_was_killed_goes_on_by_itself_to_the_same_end(
 def test_ctrl_c_stops_the_ranks(long_run: Any, tmp_path: Path, mode: str, submit: Sequence[str]) -> None:
     child = long_run(mode, submit)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
-    wait_until_gone(tmp_path / "run", 6)
+    wait_until_gone(tmp_path / "run")
     newest, damages = RunDir(tmp_path / "run").checkpoints.newest()
     assert newest is not None, "no checkpoint was saved within the grace time"
     assert newest.step >= 4
@@ -167,7 +167,7 @@ def test_ranks_do_not_outlive_a_killed_torchrun(long_run: Any, tmp_path: Path) -
     agent = ranks_of(tmp_path / "run")[0].parent()
     assert agent is not None
     agent.kill()
-    wait_until_gone(tmp_path / "run", 5)
+    wait_until_gone(tmp_path / "run")
     code, line = end_of(child, 30)
     assert code == 7
     assert line.startswith("error: torchrun of task 0 on ")
@@ -184,4 +184,4 @@ def test_ranks_do_not_outlive_a_killed_driver(long_run: Any, tmp_path: Path, mod
         process.kill()
     if killed == "the driver":
         (tmp_path / "run" / "LOCK").unlink(missing_ok=True)  # a next start finds its process gone
-    wait_until_gone(tmp_path / "run", 6)
+    wait_until_gone(tmp_path / "run")
