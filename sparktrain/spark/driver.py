@@ -15,6 +15,7 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import Asked, RankResult, RunResult, shares
 from sparktrain.rundir import RunDir
 from sparktrain.spark import digesting, index, launch, planner, preflight, progress, sanity, task, trackers
+from sparktrain.spark.signals import unwinding
 from sparktrain.tokens import Shard
 from sparktrain.tokens.sources import is_local
 
@@ -77,7 +78,7 @@ def run(spark: SparkSession, config: RunConfig) -> RunResult:
     trackers.check(config)
     config = preflight.resolve(spark, config)
     directory = RunDir(config.run.dir)
-    with directory.lock():
+    with unwinding(), directory.lock():
         directory.check(config)
         if finished := directory.finished():
             return finished

@@ -23,7 +23,6 @@ from sparktrain.errors import LaunchError
 from sparktrain.results import RankFailure
 from sparktrain.rundir import STOP, RunDir
 from sparktrain.spark import ending, network, task
-from sparktrain.spark.signals import unwinding
 from sparktrain.spark.watch import Verdict, hung, watching
 
 for module in (task, ending, network):
@@ -103,7 +102,7 @@ def launch(spark: SparkSession, job: task.Job, ranks: int, local: bool, use_gpu:
 
     try:
         heartbeats = [directory.heartbeat(job.generation, rank) for rank in range(ranks)]
-        with unwinding(), watching(directory.config().launch, heartbeats, end) as verdict:
+        with watching(directory.config().launch, heartbeats, end) as verdict:
             if local:
                 distributor.run_ranks(job)
             else:
