@@ -1,4 +1,4 @@
-"""The shell blocks of README and docs, and what becomes of each in CI.
+"""The shell blocks of README and docs, and which of them run: ``make commands``.
 
 A block is preceded by a comment that a reader does not see: ``<!-- runnable -->``: :func:`run` runs it as it is;
 ``<!-- not here: REASON -->``: it cannot run here; ``<!-- in .ci/run -->``: CI runs it by itself.
@@ -31,7 +31,7 @@ SMALL = {
     r"heldout_sequences = 64": "heldout_sequences = 8",
 }
 NOTEBOOKS: dict[str, dict[str, Any]] = {
-    "02_compare_strategies": {"data": "data/mine", "hidden_size": 32, "steps": 4},
+    "02_compare_strategies": {"data": "data/mine", "hidden_size": 32, "steps": 20},
     "03_on_databricks": {
         "data": "data/mine",
         "run_dir": "runs/third",
