@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sparktrain.beside import beside
 from sparktrain.config import Launch
 
 # In the order in which a rank comes to them within a step: who waits for the others is further than they are.
@@ -88,8 +89,7 @@ def at(place: str, step: int | None = None) -> None:
 @contextlib.contextmanager
 def beating(file: Path, rank: int, host: str, pid: int, launch: Launch) -> Iterator[None]:
     """Keep ``file`` up to date while inside; who hangs prints the stacks of its threads."""
-    over, began = threading.Event(), _Here(since=time.monotonic())
-    vars(_here).update(vars(began))
+    vars(_here).update(vars(_Here(since=time.monotonic())))
 
     def beat(number: int) -> Heartbeat:
         seconds = time.monotonic() - _here.since
@@ -102,7 +102,7 @@ def beating(file: Path, rank: int, host: str, pid: int, launch: Launch) -> Itera
             file.write_text(json.dumps(asdict(said)))
         return said
 
-    def beats() -> None:
+    def beats(over: threading.Event) -> None:
         number, stuck_since = 0, -1.0
         while not over.wait(interval(launch)):
             number += 1
@@ -115,13 +115,8 @@ def beating(file: Path, rank: int, host: str, pid: int, launch: Launch) -> Itera
         beat(number + 1)
 
     beat(0)
-    thread = threading.Thread(target=beats, name="heartbeat", daemon=True)
-    thread.start()
-    try:
+    with beside("heartbeat", beats):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def read(files: Iterable[Path]) -> list[Heartbeat]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sparktrain.beside import beside
 from sparktrain.results import StepRecord
 
 SECONDS = 1.0
@@ -54,9 +55,8 @@ class Pulse:
 def beating(path: Path, rank: int) -> Iterator[list[StepRecord]]:
     """A list for the loop to append its records to; the file at ``path`` follows it while inside."""
     records: list[StepRecord] = []
-    over = threading.Event()
 
-    def beat() -> None:
+    def beat(over: threading.Event) -> None:
         seen, pulse, last = 0, Pulse(rank, socket.gethostname()), False
         while not last:
             last = over.wait(SECONDS)
@@ -68,13 +68,8 @@ def beating(path: Path, rank: int) -> Iterator[list[StepRecord]]:
                     temporary.write_text(json.dumps(asdict(pulse)))
                     temporary.replace(path)
 
-    thread = threading.Thread(target=beat, name="pulse", daemon=True)
-    thread.start()
-    try:
+    with beside("pulse", beat):
         yield records
-    finally:
-        over.set()
-        thread.join()
 
 
 def read(path: Path) -> Pulse | None:

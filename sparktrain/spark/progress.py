@@ -17,6 +17,7 @@ from tqdm.notebook import tqdm_notebook
 from tqdm.std import tqdm as text_bar
 
 from sparktrain import pulse
+from sparktrain.beside import beside
 from sparktrain.pulse import Stretch
 from sparktrain.rundir import RunDir
 
@@ -29,10 +30,9 @@ def shown(
     directory: RunDir, generation: int, ranks: int, steps: int, tell: Callable[[Stretch], None]
 ) -> Iterator[None]:
     """Show how far attempt ``generation`` is while inside, and ``tell`` every stretch of it."""
-    over = threading.Event()
     with _display(steps) as show:
 
-        def watch() -> None:
+        def watch(over: threading.Event) -> None:
             seen: dict[int, pulse.Pulse] = {}
             last = False
             while not last:
@@ -44,13 +44,8 @@ def shown(
                     show(stretch)
                     tell(stretch)
 
-        watcher = threading.Thread(target=watch, name="progress", daemon=True)
-        watcher.start()
-        try:
+        with beside("progress", watch):
             yield
-        finally:
-            over.set()
-            watcher.join()
 
 
 @contextlib.contextmanager

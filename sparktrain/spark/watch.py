@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparktrain import heartbeat
+from sparktrain.beside import beside
 from sparktrain.config import Launch
 
 # For the tasks to end their ranks by themselves, before Spark is asked to end the tasks.
@@ -38,9 +39,9 @@ def hung(over: Path) -> str | None:
 @contextmanager
 def watching(launch: Launch, heartbeats: Sequence[Path], end: Callable[[str], None]) -> Iterator[Verdict]:
     """While inside, call ``end`` with a line that says which, when one of the ranks that write ``heartbeats`` hangs."""
-    over, verdict = threading.Event(), Verdict()
+    verdict = Verdict()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         judge = heartbeat.Watch(launch)
         while not over.wait(heartbeat.interval(launch)):
             if why := judge.hung(heartbeat.read(heartbeats), time.monotonic()):
@@ -49,10 +50,5 @@ def watching(launch: Launch, heartbeats: Sequence[Path], end: Callable[[str], No
                     verdict.reach()
                     return
 
-    thread = threading.Thread(target=watch, name="watch", daemon=True)
-    thread.start()
-    try:
+    with beside("watch", watch, patience=5):
         yield verdict
-    finally:
-        over.set()
-        thread.join(5)
