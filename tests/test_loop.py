@@ -14,6 +14,7 @@ from sparktrain import cli, plan, tokens
 from sparktrain.config import RunConfig, Train
 from sparktrain.plan import PlanSpec
 from sparktrain.results import StepRecord
+from sparktrain.results.records import PHASES
 from sparktrain.results.windows import windows
 from sparktrain.rundir import RunDir
 from sparktrain.train import gradients, models
@@ -119,6 +120,10 @@ def test_distro_learns_with_equal_parameters_on_all_ranks(trained: Callable[...,
     ranks = trained(3, *flags)
     assert len({digest for _, digest in ranks}) == 1
     assert losses(ranks)[-1] < losses(ranks)[0] - 0.05
+    for record in ranks[0][0]:
+        parts = [getattr(record, f"{name}_seconds") for name in PHASES]
+        assert min(parts) > 0
+        assert sum(parts) <= record.optimizer_seconds <= record.compute_seconds
     assert 0 < sum(r.payload_bytes for r in ranks[0][0]) < sum(r.payload_bytes for r in trained(3)[0][0]) / 10
 
 

@@ -59,6 +59,16 @@ def test_losses_are_weighted_by_tokens_and_times_are_the_slowest_ranks() -> None
     assert merged.rank_table.num_rows == 2
 
 
+def test_bytes_stand_beside_those_of_a_ring_all_reduce() -> None:
+    one = [record(0, 30.0, 10), record(1, 30.0, 10, bytes_received=0)]
+    result = RunResult.merge("run", [rank_result(0, one), rank_result(1, one)])
+    # 1,000 parameters on 2 ranks: each ring brings a rank 2 * 1000 * 1/2 numbers.
+    assert result.table["fewer_than_ring_fp32"].to_pylist() == [1000 * 4 / 10, None]
+    assert result.table["fewer_than_ring_bf16"].to_pylist() == [1000 * 2 / 10, None]
+    assert result.summary()["fewer_than_ring_fp32"] == 2 * 1000 * 4 / 10
+    assert "received 800.0 times less than by a ring all-reduce in float32, 400.0 in bfloat16" in result.report()
+
+
 def test_ranks_with_other_parameters_fail_the_run_by_name() -> None:
     with pytest.raises(Diverged, match="rank 0 has d, but rank 1 on host1 \\(e\\)"):
         RunResult.merge("run", [rank_result(0, [record(0, 1.0, 1)]), rank_result(1, [record(0, 1.0, 1)], digest="e")])

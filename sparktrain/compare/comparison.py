@@ -62,8 +62,6 @@ class Entry:
         """Bytes and seconds are a rank's, as in :meth:`RunResult.summary`; ``less_than_ring``: how many times fewer
         bytes it received than a ring all-reduce of the gradient in every step would bring it; None: none at all."""
         s = self.result.summary()
-        world = s["world_size"]
-        ring = s["steps"] * 2 * self.element_bytes * s["num_parameters"] * (world - 1) / world
         took = ("payload_bytes", "bytes_sent", "bytes_received")
         spent = ("seconds", "data_seconds", "compute_seconds", "optimizer_seconds", "communication_seconds")
         return {
@@ -71,7 +69,7 @@ class Entry:
             "kind": self.kind,
             "lr": self.lr,
             "best": best,
-            "ranks": world,
+            "ranks": s["world_size"],
             "steps": s["steps"],
             "tokens": s["tokens"],
             "num_parameters": s["num_parameters"],
@@ -79,7 +77,7 @@ class Entry:
             "heldout_loss": s["heldout_loss_after"],
             "tokens_per_second": s["tokens_per_second"],
             **{name: s[name] for name in took},
-            "less_than_ring": ring / s["bytes_received"] if s["bytes_received"] else None,
+            "less_than_ring": s[f"fewer_than_ring_{'bf16' if self.element_bytes == 2 else 'fp32'}"],
             **{name: s[name] for name in spent},
             "run_dir": self.result.run_dir,
         }

@@ -15,6 +15,7 @@ from sparktrain.atomic import write
 from sparktrain.config import Section
 from sparktrain.errors import ConfigError
 from sparktrain.results import RunResult
+from sparktrain.results.records import PHASES
 from sparktrain.rundir import RunDir
 
 _PAGE = Template(
@@ -110,6 +111,7 @@ def _facts(result: RunResult) -> str:
         [
             ("seconds, slowest ranks", f"{s['seconds']:,.1f}"),
             ("of these, optimizer", f"{s['optimizer_seconds']:,.1f}"),
+            *((f"of these, {n}", f"{t:,.1f}") for n in PHASES if (t := s[f"{n}_seconds"])),
             ("of these, communication", f"{s['communication_seconds']:,.1f}"),
             ("payload of a rank", f"{s['payload_bytes']:,} bytes"),
             ("sent by a rank", f"{s['bytes_sent']:,} bytes"),

@@ -1,8 +1,10 @@
 """A run in words."""
 
 import math
+from typing import Any
 
 from sparktrain.results import RunResult, shares
+from sparktrain.results.records import PHASES
 
 
 def run_text(result: RunResult) -> str:
@@ -21,8 +23,21 @@ def run_text(result: RunResult) -> str:
         f"{held}{sources}"
         f"speed         {s['tokens_per_second']:,.0f} tokens/s; seconds: {s['compute_seconds']:.1f} compute, "
         f"{s['communication_seconds']:.1f} communication, {s['data_seconds']:.1f} data\n"
+        f"{_phases(s)}"
         f"bytes         payload {s['payload_bytes']:,}, sent {s['bytes_sent']:,}, received {s['bytes_received']:,} "
-        f"per rank\n"
+        f"per rank{_fewer(s)}\n"
         f"{digests}\n"
         f"run directory {result.run_dir}"
     )
+
+
+def _phases(summary: dict[str, Any]) -> str:
+    told = [f"{summary[f'{name}_seconds']:.1f} {name}" for name in PHASES if summary[f"{name}_seconds"]]
+    return f"optimizer     {summary['optimizer_seconds']:.1f} seconds: {', '.join(told)}\n" if told else ""
+
+
+def _fewer(summary: dict[str, Any]) -> str:
+    fp32, bf16 = summary["fewer_than_ring_fp32"], summary["fewer_than_ring_bf16"]
+    if fp32 is None:
+        return ""
+    return f"; received {fp32:,.1f} times less than by a ring all-reduce in float32, {bf16:,.1f} in bfloat16"

@@ -10,12 +10,15 @@ import pyarrow.parquet as pq
 from sparktrain.results import shares
 from sparktrain.results.shares import SourceRecord
 
+PHASES = ("transform", "selection", "coding", "apply")
+
 
 class StepRecord(NamedTuple):
     """One step of one rank. Losses are sums in nats over this rank's target tokens; times in seconds.
 
-    ``optimizer_seconds``, a part of ``compute_seconds``: from the gradient to the update. ``heldout_loss``: nats per
-    token after the step, the same on all ranks; None where it was not measured. ``examples``: sequences trained on.
+    ``optimizer_seconds``, a part of ``compute_seconds``: from the gradient to the update; those of :data:`PHASES` are
+    parts of it, 0 where a strategy does not tell them. ``heldout_loss``: nats per token after the step, the same on all
+    ranks; None where it was not measured. ``examples``: sequences trained on.
     ``delta_norm``: in a step that ends a round, L2 norm of what this rank changed of the parameters in it; else None.
     ``sources``: only where several are mixed. What an external trainer does not tell, loss or gradient norm, is NaN.
     """
@@ -33,6 +36,10 @@ class StepRecord(NamedTuple):
     bytes_sent: int
     bytes_received: int
     optimizer_seconds: float = 0.0
+    transform_seconds: float = 0.0
+    selection_seconds: float = 0.0
+    coding_seconds: float = 0.0
+    apply_seconds: float = 0.0
     heldout_loss: float | None = None
     examples: int = 0
     delta_norm: float | None = None

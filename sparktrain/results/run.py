@@ -1,7 +1,8 @@
 """What all ranks' results add up to."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ class RunResult:
     @property
     def table(self) -> pa.Table:
         """One row per step over all ranks. ``loss``: nats per target token of the global batch; seconds: the slowest
-        rank's; bytes: of the rank that has most. With several sources, also columns of each: ``shares.columns``."""
+        rank's; bytes: of the rank that has most; ``fewer_than_ring_fp32`` and ``_bf16``: how many times fewer bytes it
+        received than a ring all-reduce of the gradient would bring it, null where it received none. With several
+        sources, also columns of each: ``shares.columns``."""
         by_step: dict[int, list[StepRecord]] = {}
         for _, record in self._records():
             by_step.setdefault(record.step, []).append(record)
@@ -71,10 +74,19 @@ class RunResult:
             merged: dict[str, Any] = {"step": step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
             merged |= {"lr": first.lr, "heldout_loss": first.heldout_loss}
             merged |= {n: max(getattr(r, n) for r in records) for n in ("grad_norm", "seconds", *TOTALS)}
+            merged |= self._against_ring(merged["bytes_received"], [len(records)])
             steps.append(merged | shares.columns(source for r in records for source in r.sources))
         types = [(name, kind) for name, kind in TYPES.items() if name not in ("step", "loss_sum")]
+        types += [(name, pa.float64()) for name in self._against_ring(0, [])]
         mixed = shares.types(source for record in by_step.get(0, []) for source in record.sources)
         return pa.Table.from_pylist(steps, pa.schema([("step", pa.int64()), ("loss", pa.float64()), *types, *mixed]))
+
+    def _against_ring(self, received: int, worlds: Iterable[int]) -> dict[str, float | None]:
+        """``received`` bytes of a rank beside what ring all-reduces of the gradient, one in a world of each of these
+        sizes, would bring it: 2 (W - 1) / W of the gradient."""
+        numbers = 2 * self.ranks[0].num_parameters * sum((world - 1) / world for world in worlds)
+        of = {"fp32": 4, "bf16": 2}
+        return {f"fewer_than_ring_{n}": numbers * size / received if received else None for n, size in of.items()}
 
     @property
     def rank_table(self) -> pa.Table:
@@ -108,10 +120,10 @@ class RunResult:
     def summary(self) -> dict[str, Any]:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
-
         # JSON has no NaN. A program that tells no loss has skipped nothing: its steps have no optimizer_seconds.
         losses = [None if math.isnan(table["loss"][i].as_py()) else table["loss"][i].as_py() for i in (0, -1)]
         told = zip(table["loss"].to_pylist(), table["optimizer_seconds"].to_pylist(), strict=True)
+        worlds = Counter(record.step for _, record in self._records()).values()
         totals = {name: pc.sum(table[name]).as_py() for name in ("tokens", "seconds", *TOTALS)}
         return {
             "run_dir": self.run_dir,
@@ -125,6 +137,7 @@ class RunResult:
             "heldout_loss_after": first.heldout_after,
             "tokens_per_second": totals["tokens"] / totals["seconds"],
             **totals,
+            **self._against_ring(totals["bytes_received"], worlds),
             "sources": shares.totals(self.sources, table),
             "digests": {f"rank {r.rank} on {r.host}": r.digest for r in self.ranks},
         }

@@ -28,9 +28,8 @@ from sparktrain.train.live import Live
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
+from sparktrain.train.strategies.contract import BYTES, told
 from sparktrain.train.world import World, start_world
-
-_BYTES = ("payload_bytes", "bytes_sent", "bytes_received")
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _sync(strategy: Strategy, records: list[StepRecord]) -> None:
     strategy.sync()
     if records:
         last, now = records[-1], vars(strategy.traffic)
-        records[-1] = last._replace(**{name: getattr(last, name) + now[name] - before[name] for name in _BYTES})
+        records[-1] = last._replace(**{name: getattr(last, name) + now[name] - before[name] for name in BYTES})
 
 
 def _measured(training: Training, record: StepRecord) -> StepRecord:
@@ -223,10 +222,9 @@ def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = 
             data_seconds=loaded - began,
             compute_seconds=ended - loaded - moved["seconds"],
             communication_seconds=moved["seconds"],
-            **{name: int(moved[name]) for name in _BYTES},
+            **told(strategy, moved, asked.skip),
             optimizer_seconds=optimizer_seconds,
             examples=len(batch.tokens),
-            delta_norm=strategy.delta_norm,
             sources=by_source(spec, step, world, speeds, batch, losses_B),
         )
 

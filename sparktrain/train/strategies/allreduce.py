@@ -4,7 +4,8 @@ The figure that every other strategy's bytes are compared with: 2 (W-1)/W of the
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class AllReduceAdamW:
 
     local = False
     delta_norm = None
+    phases: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,

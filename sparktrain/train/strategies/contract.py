@@ -14,7 +14,7 @@ Every strategy keeps parameters bit-identical on all ranks after each sync, aggr
 size 1, and is usable without Spark as a plain PyTorch object. A strategy never imports another one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -54,11 +54,19 @@ class Traffic:
         return Traffic(payload, sent, received, self.seconds / steps)
 
 
+BYTES = ("payload_bytes", "bytes_sent", "bytes_received")
+
+
 class Strategy(Protocol):
     """How ranks turn their gradients into shared progress."""
 
     traffic: Traffic
     local: bool
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """Seconds of the last step in some of ``results.records.PHASES``, by name, where it tells them. "coding" has
+        the selection in it where that is not told by itself."""
 
     @property
     def delta_norm(self) -> float | None:
@@ -90,6 +98,13 @@ class Strategy(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`, with the parameters at what :meth:`extract` gave. ``state["rank"]`` is None on
         a rank that the saved world did not have; what happens then is each strategy's rule."""
+
+
+def told(strategy: Strategy, moved: Mapping[str, float], skipped: bool) -> dict[str, Any]:
+    """What the record of a step has of its strategy, of whose traffic it ``moved`` so much."""
+    phases = {} if skipped else strategy.phases
+    numbers = {name: int(moved[name]) for name in BYTES} | {"delta_norm": strategy.delta_norm}
+    return numbers | {f"{name}_seconds": seconds for name, seconds in phases.items()}
 
 
 class StrategyKind(NamedTuple):

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from sparktrain.config import Distro, Optimizer
 from sparktrain.errors import ConfigError
+from sparktrain.results.records import PHASES
 from sparktrain.train.compression.wire import Values
 from sparktrain.train.strategies.distro import checks as checks
 from sparktrain.train.strategies.distro import message as message
@@ -223,6 +224,11 @@ class DisTrO(torch.optim.Optimizer):
     def _set_lr(self, lr: float | None) -> None:
         for group in self.param_groups:
             group["lr"] = group["lr"] if lr is None else lr
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """See the strategy contract."""
+        return {name: getattr(self.numbers.seconds, name) for name in PHASES}
 
     @property
     def refused(self) -> int:

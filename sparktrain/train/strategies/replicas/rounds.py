@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -73,6 +74,7 @@ class Rounds:
         self._delay, self._alpha = delay, alpha
         self.steps = 0
         self.delta_norm: float | None = None
+        self.phases: dict[str, float] = {}
         self._since = self._fragment = 0
         self._tally = Tally(fragments)
         self._agreed = False
@@ -144,9 +146,11 @@ class Rounds:
         self._wait()
         received, self._arrived = self._arrived, None
         assert received is not None
+        began = time.perf_counter()
         for tile, mean in self._contribution.means(self._flat, fragment, received):
             self._move(tile, mean)
             self._flat.take(tile, self._alpha)
+        self.phases["apply"] = time.perf_counter() - began
         self._digests[fragment] = self._digest(fragment)
         self._tally.clear(fragment)
         self._equal = len(self._flat.fragments) == 1 and self._alpha == 0
@@ -155,11 +159,13 @@ class Rounds:
         self.cadence.step_ends()
         self.steps += steps
         self._since += steps
-        self._equal, self.delta_norm = False, None
+        self._equal, self.delta_norm, self.phases = False, None, {}
         self._tally.add(taken, tokens)
         interval = self.cadence.every // len(self._flat.fragments)
         if self._since == interval - self._delay:
+            began = time.perf_counter()
             head, message, square = self._told(self._contribution, self._fragment)
+            self.phases["coding"] = time.perf_counter() - began
             self._tally.square += square
             self._exchange.send(head, message)
         if self._since == interval:
