@@ -19,7 +19,7 @@ from sparktrain.errors import DataError, Diverged, LaunchError, ModelError, Stop
 from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult, write_records
 from sparktrain.rundir import SAVE, STOP, RunDir
-from sparktrain.train import checkpoint, loop
+from sparktrain.train import checkpoint, loop, strategies
 from sparktrain.train.requests import Requests
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
@@ -256,6 +256,31 @@ def test_a_checkpoint_waits_for_every_rank(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="rank 1 did not write its part"):
         checkpoints.commit(Manifest(name, 1, 1, None, 2, {}, {}), 0.1)
     assert checkpoints.newest()[0] is None
+
+
+@pytest.mark.parametrize("kind", strategies.STRATEGIES)
+def test_ranks_that_are_not_the_same_any_more_save_nothing_and_are_named(
+    on_ranks: Callable[..., list[Any]], tmp_path: Path, kind: str
+) -> None:
+    directory = RunDir(tmp_path)
+    generation = directory.new_generation()
+    config = RunConfig.model_validate({"strategy": {"kind": kind}, "model": {"sizes": {"hidden_size": 32}}})
+
+    def rank_main(rank: int, size: int) -> bool:
+        world = World(rank, size, torch.device("cpu"), "host")
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64)
+        build = strategies.STRATEGIES[kind].build
+        strategy = build(dict(model.named_parameters()), config.strategy, config.optimizer, 10)
+        saver = checkpoint.Checkpointer(directory, config, world, generation, None, {})
+        if rank == 1:
+            strategy.extract()["weight"].view(torch.int32)[5, 5] ^= 1
+        with pytest.raises(Diverged, match="after step 4: rank 1 differ from rank 0"):
+            saver.save(4, model, strategy, [])  # type: ignore[arg-type]
+        return True
+
+    assert on_ranks(3, rank_main) == [True] * 3
+    assert not directory.checkpoints.directory(name_of(4, generation)).exists()
 
 
 def test_an_attempt_that_was_superseded_saves_nothing(

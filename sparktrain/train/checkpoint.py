@@ -31,6 +31,7 @@ from sparktrain.results import StepRecord, write_records
 from sparktrain.rundir import RunDir
 from sparktrain.train import models
 from sparktrain.train.strategies.contract import Strategy
+from sparktrain.train.strategies.replicas.agreement import compare_digests, digest, exchange_digest
 from sparktrain.train.world import World
 
 
@@ -69,18 +70,21 @@ class Checkpointer:
     def save(self, step: int, model: PreTrainedModel, strategy: Strategy, records: list[StepRecord]) -> None:
         """Save what the run is after ``step`` steps. Every rank calls it at the same step.
 
-        Raises what went wrong with the one before, which is waited for.
+        Raises what went wrong with the one before, which is waited for; :class:`sparktrain.errors.Diverged` where what
+        all ranks share is not the same on all.
         """
         self.wait()
         if self._directory.latest_generation() > self._generation:
             raise Superseded(f"attempt {self._generation} was superseded: a newer one runs in {self._directory.path}")
+        shared = strategy.extract()
+        compare_digests(exchange_digest(digest(list(shared.values())), self._world.device, None), step)
         state = strategy.state_dict()
         own = {"strategy": state["rank"], "random": _random_state(self._world.device)}
         trees: dict[str, Any] = {f"rank-{self._world.rank:05d}.safetensors": own}
         weights: dict[str, Tensor] = {}
         if self._world.rank == 0:
             trees["strategy.safetensors"] = state["shared"]
-            weights = models.weights(model, strategy.extract())
+            weights = models.weights(model, shared)
         packed = {file: pack(tree) for file, tree in trees.items()}
         new, self._first_record = records[self._first_record :], len(records)
         failpoints.reach("checkpoint.copied", rank=self._world.rank, step=step, generation=self._generation)

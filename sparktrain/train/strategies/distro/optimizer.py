@@ -66,7 +66,8 @@ class DisTrO(torch.optim.Optimizer):
         process_group: ranks to train with; none: all, or this process where torch.distributed is not in use.
         values: how coefficients are sent, see ``wire``.
         cut: how chunks are cut, "padded" or Psyche's "divisor", see ``layout.py``.
-        verify_every: compare a digest of the parameters over ranks every so many steps; 0: in ``sync()`` only.
+        verify_every: compare a digest of the parameters over ranks every so many steps; 0: in ``sync()`` only. A run
+            compares at each checkpoint, whatever the strategy.
         max_refused: stop after so many steps in a row with gradients that are not finite.
     """
 
