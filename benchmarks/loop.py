@@ -25,6 +25,7 @@ from sparktrain.rundir import RunDir
 from sparktrain.tokens import ds
 from sparktrain.train import loop, models
 from sparktrain.train.live import Live
+from sparktrain.train.nonfinite import NonFinite
 from sparktrain.train.requests import Requests
 from sparktrain.train.strategies import STRATEGIES
 from sparktrain.train.world import start_world
@@ -89,8 +90,9 @@ def main() -> None:
         step = bare_step(theirs, config, [batch.tokens for batch in loop.Batches(run, spec, 0, 1)])
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
         live = Live(run.path, config, world, 0)
-        requests = Requests(run, world, strategy.local, live.waits)
-        training = loop.Training(run, config, spec, world, ours, strategy, live, requests)
+        nonfinite = NonFinite(run, world, live, strategy.local, strategy.refuses, lambda: None)
+        requests = Requests(run, world, strategy.local, live.waits, nonfinite.skips_loss)
+        training = loop.Training(run, config, spec, world, ours, strategy, live, requests, nonfinite)
         steps_of_ours = loop._steps(training)
         for i in range(steps):
             for name, act in (("sparktrain", lambda: next(steps_of_ours)), ("bare", lambda i=i: step(i))):

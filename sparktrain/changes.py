@@ -31,6 +31,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("optimizer.lr", "hot"),
     ("schedule", "hot"),
     ("train.max_grad_norm", "hot"),
+    ("train.left_out", "hot"),
     ("run.log_every", "hot"),
     ("checkpoint.every", "hot"),
     ("eval.every", "hot"),

@@ -8,7 +8,7 @@ trains once undisturbed; then again, on two executors of their own (``local-clus
 is killed at moments chosen by chance: a rank (or stopped, so that it hangs), a torchrun, an executor, the driver's JVM
 or its Python. The same command is started again when it has ended, as a user would. In the end digest, losses and
 learning rates of all steps must be those of the undisturbed run, to the bit; ``verify`` must find the run directory
-whole; and no process and no temporary file may be left. Prints every kill; status 1 where anything differs.
+whole; the audit of its ledger must find every sequence read exactly once, with the bytes of the shards; and no process and no temporary file may be left. Prints every kill; status 1 where anything differs.
 """
 
 import argparse
@@ -198,12 +198,22 @@ def differences(disturbed: RunDir, undisturbed: RunResult) -> Iterator[str]:
             yield f"{name} of {len(mine)} steps, undisturbed {len(theirs)}; the first to differ is that of row {at}"
     with contextlib.suppress(DataError):  # its summary of what it has said before
         yield from (line for line in verify(Verify(run_dir=disturbed.path)) if not line.startswith("ok"))
+    yield from audit_of(disturbed)
     hidden = [p for p in disturbed.path.rglob(".*") if not p.name.endswith(".crc")]
     # Spark's own JVM, when it is killed, leaves its directories; torch has one for its cache.
     theirs = ("spark-", "blockmgr-", "artifact", "hsperfdata", "torchinductor_")
     foreign = [p for p in temporary_of(disturbed).iterdir() if not p.name.startswith(theirs)]
     locks = [p for p in [disturbed.path / "LOCK"] if p.exists()]
     yield from (f"left behind: {path}" for path in [*hidden, *foreign, *locks])
+
+
+def audit_of(directory: RunDir) -> Iterator[str]:
+    """What ``jobs/plan.py --audit`` finds wrong; prints what it counts."""
+    job = [sys.executable, str(ROOT / "jobs" / "plan.py"), "--audit", str(directory.path)]
+    done = subprocess.run(job, capture_output=True, text=True, env=os.environ | {"PYSPARK_PYTHON": sys.executable})
+    print(*(line for line in done.stdout.splitlines() if "planned" in line), sep="\n", flush=True)
+    if done.returncode:
+        yield f"the audit's status is {done.returncode}: {done.stdout}{done.stderr[-1000:]}"
 
 
 def deck(kills: int, seed: int) -> list[str]:

@@ -99,6 +99,7 @@ def take_steps(directory: Any, config: Any, spec: Any, rank: int, size: int) -> 
 
     from sparktrain.train import loop, models
     from sparktrain.train.live import Live
+    from sparktrain.train.nonfinite import NonFinite
     from sparktrain.train.requests import Requests
     from sparktrain.train.strategies import STRATEGIES
     from sparktrain.train.world import World
@@ -108,8 +109,11 @@ def take_steps(directory: Any, config: Any, spec: Any, rank: int, size: int) -> 
     build = STRATEGIES[config.strategy.kind].build
     strategy = build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
     live = Live(directory.path, config, world, 0)
-    requests = Requests(directory, world, strategy.local, live.waits)
-    records = list(loop._steps(loop.Training(directory, config, spec, world, model, strategy, live, requests)))
+    nonfinite = NonFinite(directory, world, live, strategy.local, strategy.refuses, lambda: None)
+    requests = Requests(directory, world, strategy.local, live.waits, nonfinite.skips_loss)
+    records = list(
+        loop._steps(loop.Training(directory, config, spec, world, model, strategy, live, requests, nonfinite))
+    )
     strategy.sync()
     return records, model, world
 

@@ -20,6 +20,8 @@ from sparktrain.plan import PlanSpec
 from sparktrain.results import RankResult, RunResult, write_records
 from sparktrain.rundir import SAVE, STOP, RunDir
 from sparktrain.train import checkpoint, loop, strategies
+from sparktrain.train.live import Live
+from sparktrain.train.nonfinite import NonFinite
 from sparktrain.train.requests import Requests
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
@@ -151,7 +153,14 @@ def test_a_loss_that_is_no_number_stops_all_ranks_before_anything_is_updated(
 ) -> None:
     def rank_main(rank: int, size: int) -> str:
         directory, world = RunDir(tmp_path), World(rank, size, torch.device("cpu"), "host")
-        requests = Requests(directory, world, local=False, waits=lambda: False)
+        live = Live(tmp_path, RunConfig(), world, 0)
+        requests = Requests(
+            directory,
+            world,
+            False,
+            live.waits,
+            NonFinite(directory, world, live, False, False, lambda: None).skips_loss,
+        )
         requests.agree(6, 1.0)
         with pytest.raises(Diverged) as caught:
             requests.agree(7, float("nan") if rank == 1 else 1.0)

@@ -130,7 +130,7 @@ import sys, time, torch
 from sparktrain.rundir import RunDir
 from sparktrain.train.requests import Requests
 from sparktrain.train.world import World
-with Requests(RunDir(sys.argv[1]), World(0, 1, torch.device("cpu"), "here"), False, bool).heeding_sigterm(0.2):
+with Requests(RunDir(sys.argv[1]), World(0, 1, torch.device("cpu"), "here"), False, bool, bool).heeding_sigterm(0.2):
     print("ready", flush=True)
     time.sleep(600)
 """

@@ -7,9 +7,10 @@ under ``train/strategies``.
 
 from sparktrain.config.data import Data, DataSource, Skip
 from sparktrain.config.inner_loop import InnerLoop
-from sparktrain.config.run import Checkpoint, Common, Eval, Launch, Model, Run, RunConfig, Schedule, Train
+from sparktrain.config.run import Checkpoint, Common, Eval, Launch, Model, Run, RunConfig, Schedule
 from sparktrain.config.section import Section
 from sparktrain.config.strategies import AdamW, Diloco, Distro, Optimizer, Sparseloco, Strategy
+from sparktrain.config.train import Train
 
 __all__ = [
     "AdamW",

@@ -1,6 +1,5 @@
 """All of a run's settings, and how to train and launch."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from sparktrain.config.data import Data
 from sparktrain.config.inner_loop import InnerLoop
 from sparktrain.config.section import Section
 from sparktrain.config.strategies import AdamW, Diloco, Optimizer, Sparseloco, Strategy
+from sparktrain.config.train import Train
 
 
 def _directory(value: Any) -> Any:
@@ -49,53 +49,6 @@ class Model(Section):
     """Hugging Face attention implementation."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-
-
-class Train(Section):
-    steps: int = Field(1000, ge=1, le=2**40)
-    """Optimizer steps."""
-    total_batch: int = Field(64, ge=1)
-    """Sequences per step over all ranks. The batches do not depend on the number of ranks."""
-    batch_ramp: tuple[tuple[int, int], ...] = ()
-    """Changes of total_batch, as [[step, sequences], ...]: from that step on a step has so many."""
-    micro_batch: int = Field(8, ge=1)
-    """Sequences per forward pass of one rank; the gradient is accumulated over the rank's share of the batch."""
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Run the forward pass in this type while parameters keep theirs."""
-    accumulate_fp32: bool = False
-    """Accumulate micro-batch gradients in float32 when the parameters are bfloat16."""
-    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Clip the gradient to this global norm; 0 leaves it as it is."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Where a loss is not a number: stop, or leave out that step's update on all ranks (of strategies whose ranks take
-    steps of their own: on that rank)."""
-    max_skipped: int = Field(5, ge=1)
-    """Stop, too, after so many skipped steps in a row."""
-
-    @model_validator(mode="after")
-    def _ramp_ascends(self) -> "Train":
-        for (before, _), (step, batch) in itertools.pairwise([(0, 0), *self.batch_ramp]):
-            if step <= before or batch < 1:
-                raise ValueError(
-                    f"train.batch_ramp has [{step}, {batch}] after step {before}: expected ascending steps from 1 on, "
-                    "and at least 1 sequence"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _batches_fit(self) -> "Train":
-        if self.micro_batch > self.total_batch:
-            raise ValueError(
-                f"train.micro_batch is {self.micro_batch}, more than train.total_batch {self.total_batch}: "
-                f"set train.micro_batch to at most {self.total_batch}"
-            )
-        if self.total_batch % self.micro_batch:
-            below = self.total_batch - self.total_batch % self.micro_batch
-            raise ValueError(
-                f"train.total_batch {self.total_batch} is not a multiple of train.micro_batch {self.micro_batch}: "
-                f"set train.total_batch to {below} or {below + self.micro_batch}"
-            )
-        return self
 
 
 class Schedule(Section):
@@ -231,5 +184,10 @@ class RunConfig(Common):
             raise ValueError(
                 "inner_loop.command is set, but strategy.sync_every is auto, which measures steps of the rank's own: "
                 "set strategy.sync_every to the number of steps of a round"
+            )
+        if self.train.left_out or self.train.on_nonfinite == "rollback":
+            raise ValueError(
+                "inner_loop.command is set, whose steps cannot be left out one by one: remove train.left_out, and set "
+                "train.on_nonfinite to stop or skip"
             )
         return self

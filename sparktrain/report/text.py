@@ -15,7 +15,7 @@ def run_text(result: RunResult) -> str:
     held = f"held-out loss {before:.4f} -> {after:.4f}\n" if before is not None else ""
     sources = "".join(f"source        {line}\n" for line in shares.lines(s["sources"]))
     digests = "\n".join(f"digest        {name}: {digest}" for name, digest in s["digests"].items())
-    skipped = f", {s['skipped_steps']} skipped for a loss that is no number" if s["skipped_steps"] else ""
+    skipped = f", {s['skipped_steps']} of them without an update" if s["skipped_steps"] else ""
     return (
         f"{s['steps']} steps{skipped}, {s['tokens']:,} tokens, {s['world_size']} ranks, "
         f"{s['num_parameters']:,} parameters\n"

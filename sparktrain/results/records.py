@@ -1,6 +1,7 @@
 """One step of one rank, and many of them as a table."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,6 +45,12 @@ class StepRecord(NamedTuple):
     examples: int = 0
     delta_norm: float | None = None
     sources: tuple[SourceRecord, ...] = ()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether its update was left out. A program that tells no gradient norm has skipped nothing: its steps have no
+        ``optimizer_seconds``."""
+        return not math.isfinite(self.grad_norm) and self.optimizer_seconds > 0
 
 
 RankSteps = Sequence[tuple[int, StepRecord]]

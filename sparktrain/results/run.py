@@ -120,16 +120,16 @@ class RunResult:
     def summary(self) -> dict[str, Any]:
         """The run in one dictionary: what ``result.json`` holds."""
         table, first = self.table, self.ranks[0]
-        # JSON has no NaN. A program that tells no loss has skipped nothing: its steps have no optimizer_seconds.
+        # JSON has no NaN.
         losses = [None if math.isnan(table["loss"][i].as_py()) else table["loss"][i].as_py() for i in (0, -1)]
-        told = zip(table["loss"].to_pylist(), table["optimizer_seconds"].to_pylist(), strict=True)
+        skipped = {record.step for _, record in self._records() if record.skipped}
         worlds = Counter(record.step for _, record in self._records()).values()
         totals = {name: pc.sum(table[name]).as_py() for name in ("tokens", "seconds", *TOTALS)}
         return {
             "run_dir": self.run_dir,
             "world_size": first.world,
             "steps": table.num_rows,
-            "skipped_steps": sum(not math.isfinite(loss) and updated > 0 for loss, updated in told),
+            "skipped_steps": len(skipped),
             "num_parameters": first.num_parameters,
             "loss_first": losses[0],
             "loss_last": losses[1],

@@ -60,14 +60,14 @@ def accumulate(
     return torch.cat(found).cpu().double().numpy()
 
 
-def clip(model: PreTrainedModel, max_norm: float) -> float:
-    """Global norm of the gradient, which is then clipped to ``max_norm`` (0: not)."""
+def clip(model: PreTrainedModel, strategy: Strategy, max_norm: float) -> float:
+    """Global norm of the gradient that the strategy trains on, which is then clipped to ``max_norm`` (0: not)."""
+    strategy.average_gradients()
     return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf))
 
 
-def skip(model: PreTrainedModel, strategy: Strategy, lr: float) -> float:
-    """Leave out an update; the norm of its gradient, which is not a number."""
+def skip(model: PreTrainedModel, strategy: Strategy, lr: float) -> None:
+    """Leave out an update."""
     model.zero_grad(set_to_none=True)
     if strategy.local:  # the step counts, or this rank would come late to every sync; without gradients it does nothing
         strategy.step(lr, 0)
-    return math.nan

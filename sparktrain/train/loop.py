@@ -3,6 +3,7 @@
 Shapes: B_ = sequences of this rank in a step, M_ = of one micro-batch, S = sequence length, V = vocabulary.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from sparktrain.train.evaluate import heldout_loss, sequence_losses
 from sparktrain.train.external_rounds import Rounds, hand_over
 from sparktrain.train.gradients import accumulate, clip, skip, targets_of
 from sparktrain.train.live import Live
+from sparktrain.train.nonfinite import NonFinite
 from sparktrain.train.requests import Requests
 from sparktrain.train.schedule import lr_at
 from sparktrain.train.strategies import STRATEGIES, Strategy
@@ -44,6 +46,7 @@ class Training:
     strategy: Strategy
     live: Live
     requests: Requests
+    nonfinite: NonFinite
     rounds: Rounds | None = None
 
 
@@ -80,13 +83,12 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
         strategy.retune(config.optimizer, config.strategy)  # a change may count from this very step on
         _say(world, f"going on from checkpoint {start.name}, saved by {start.world} ranks")
     failpoints.reach("loaded", rank=world.rank, generation=generation)
-    skipped = config.train.max_skipped if config.train.on_nonfinite == "skip" else 0
-    requests = Requests(directory, world, strategy.local and not rounds, live.waits, skipped)
-    training = Training(directory, config, spec, world, model, strategy, live, requests, rounds)
-    with (
-        checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before}) as saver,
-        pulse.beating(directory.pulse(generation, world.rank), world.rank) as records,
-    ):
+    alone = strategy.local and not rounds
+    saver = checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before})
+    nonfinite = NonFinite(directory, world, live, alone, strategy.refuses, saver.wait)
+    requests = Requests(directory, world, alone, live.waits, nonfinite.skips_loss)
+    training = Training(directory, config, spec, world, model, strategy, live, requests, nonfinite, rounds)
+    with saver, pulse.beating(directory.pulse(generation, world.rank), world.rank) as records:
         first_step_at = _run(training, saver, first_step, records)
     if requests.asked.stop:
         raise requests.stopped(records[-1].step + 1, spec.steps)
@@ -181,7 +183,7 @@ def _measured(training: Training, record: StepRecord) -> StepRecord:
 def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = None) -> Iterator[StepRecord]:
     """One record per step of the plan from ``first_step`` on, and ``receipts`` for what it read."""
     config, spec, world, model = training.config, training.spec, training.world, training.model
-    strategy, live, requests = training.strategy, training.live, training.requests
+    strategy, live, requests, nonfinite = training.strategy, training.live, training.requests, training.nonfinite
     speeds, batches = _batches(training, first_step, receipts)
     for step in range(first_step, spec.steps):
         if (now := live.at(step)) is not config:
@@ -198,15 +200,12 @@ def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = 
         losses_B = accumulate(model, batch.to(world.device), scale, config.train, sequence_losses)
         loss_sum = float(losses_B.sum())
         failpoints.reach("gradient", rank=world.rank, step=step)
-        asked = requests.agree(step, loss_sum)
+        asked = requests.agree(step, loss_sum, config.train.leaves_out(step))
         updating = time.perf_counter()
         heartbeat.at("updates")
-        if asked.skip:
-            norm = skip(model, strategy, lr)
-        else:
-            strategy.average_gradients()
-            norm = clip(model, config.train.max_grad_norm)
-            strategy.step(lr, batch.num_targets)
+        norm = math.nan if asked.skip else clip(model, strategy, config.train.max_grad_norm)
+        skipped = asked.skip or nonfinite.skips_gradient(step, norm)
+        skip(model, strategy, lr) if skipped else strategy.step(lr, batch.num_targets)
         failpoints.reach("updated", rank=world.rank, step=step)
         ended = time.perf_counter()
         moved = {name: value - traffic_before[name] for name, value in vars(strategy.traffic).items()}
@@ -222,7 +221,7 @@ def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = 
             data_seconds=loaded - began,
             compute_seconds=ended - loaded - moved["seconds"],
             communication_seconds=moved["seconds"],
-            **told(strategy, moved, asked.skip),
+            **told(strategy, moved, skipped),
             optimizer_seconds=optimizer_seconds,
             examples=len(batch.tokens),
             sources=by_source(spec, step, world, speeds, batch, losses_B),

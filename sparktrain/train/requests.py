@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from sparktrain import heartbeat
-from sparktrain.errors import Diverged, Orphaned, SparktrainError, Stopped
+from sparktrain.errors import Orphaned, SparktrainError, Stopped
 from sparktrain.parent import follow_parent
 from sparktrain.rundir import SAVE, STOP, RunDir
 from sparktrain.train.world import World
@@ -41,23 +41,28 @@ class Asked(NamedTuple):
 
 class Requests:
     """Those to the run in ``directory``. ``local``: its ranks take steps of their own; ``waits``: whether a change of
-    settings does, as far as this rank knows. ``max_skipped``: steps in a row whose loss may be no number and which are
-    skipped."""
+    settings does, as far as this rank knows. ``skips``: what to do about a loss that is not a number, see
+    ``nonfinite.py``."""
 
     def __init__(
-        self, directory: RunDir, world: World, local: bool, waits: Callable[[], bool], max_skipped: int = 0
+        self,
+        directory: RunDir,
+        world: World,
+        local: bool,
+        waits: Callable[[], bool],
+        skips: Callable[[int, float, int], bool],
     ) -> None:
         self._directory, self._world, self._change_waits = directory, world, waits
-        self._local, self._max_skipped, self._skipped = local, max_skipped, 0
+        self._skips = skips
         self._every = _EVERY_OF_LOCAL_STEPS if local else 1
         self._terminated, self._parent = threading.Event(), os.getppid()
         self.asked = Asked()
 
-    def agree(self, step: int, loss_sum: float) -> Asked:
-        """What all ranks do after ``step``, kept in ``asked`` too. ``Diverged``, before anything is updated, where a
-        loss is not a number."""
+    def agree(self, step: int, loss_sum: float, leave_out: bool = False) -> Asked:
+        """What all ranks do after ``step``, kept in ``asked`` too. ``leave_out``: they skip it, whatever its loss.
+        Raises what ``skips`` does, before anything is updated."""
         heartbeat.at("agrees")
-        world, finite = self._world, math.isfinite(loss_sum)
+        world, finite = self._world, leave_out or math.isfinite(loss_sum)
         due = step % self._every == self._every - 1
         told, ended = due and self._told(STOP), due and self._terminated.is_set()
         orphan = ended and os.getppid() != self._parent
@@ -69,26 +74,10 @@ class Requests:
             said = world.largest(*said)
             seconds = time.perf_counter() - began
         bad, lost, (save, stop, change) = int(said[0]), int(said[1]), (value > 0 for value in said[2:])
-        skip = self._skips(step, loss_sum, bad - 1) if bad else False
-        if not skip:
-            self._skipped = 0
+        skip = leave_out or (bad > 0 and self._skips(step, loss_sum, bad - 1))
         stopping, orphan_rank = stop or lost > 0, lost - 1 if lost and not stop else None
         self.asked = Asked(save or stopping, stopping, change, seconds, orphan_rank, skip)
         return self.asked
-
-    def _skips(self, step: int, loss_sum: float, rank: int) -> bool:
-        """Whether this rank leaves out the update of ``step``, in which the loss of ``rank`` is not a number."""
-        finite = math.isfinite(loss_sum)
-        what = f"{'not a number' if finite else loss_sum} in step {step} on rank {rank}"
-        if self._max_skipped and self._local and finite:
-            return False  # another rank's step of its own
-        if self._skipped >= self._max_skipped:
-            after = f" and {self._skipped} before it" if self._skipped else ""
-            raise Diverged(f"loss is {what}{after}: lower optimizer.lr or check the data")
-        self._skipped += 1
-        if rank == self._world.rank:
-            print(f"loss is {what}: skipped ({self._skipped} of {self._max_skipped} in a row)", flush=True)
-        return True
 
     def stopped(self, done: int, steps: int) -> SparktrainError:
         """What the run ends with that was asked to stop after ``done`` of ``steps``."""

@@ -26,7 +26,7 @@ class AllReduceAdamW:
         process_group: ranks to average over; none: all.
     """
 
-    local = False
+    local = refuses = False
     delta_norm = None
     phases: Mapping[str, float] = MappingProxyType({})
 

@@ -62,6 +62,8 @@ class Strategy(Protocol):
 
     traffic: Traffic
     local: bool
+    refuses: bool
+    """Whether it sees for itself, on all ranks together, to gradients that are not finite."""
 
     @property
     def phases(self) -> Mapping[str, float]:

@@ -71,6 +71,8 @@ class DisTrO(torch.optim.Optimizer):
         max_refused: stop after so many steps in a row with gradients that are not finite.
     """
 
+    refuses = True
+
     def __init__(
         self,
         params: Any,

@@ -34,7 +34,7 @@ from sparktrain.train.strategies.replicas.rounds import Inner, Rounds
 class LocalSteps(Rounds):
     """See the module and ``Rounds``."""
 
-    local = True
+    local, refuses = True, False
 
     def average_gradients(self) -> None:
         """Nothing: each rank keeps its own."""
