@@ -8,7 +8,8 @@ trains once undisturbed; then again, on two executors of their own (``local-clus
 is killed at moments chosen by chance: a rank (or stopped, so that it hangs), a torchrun, an executor, the driver's JVM
 or its Python. The same command is started again when it has ended, as a user would. In the end digest, losses and
 learning rates of all steps must be those of the undisturbed run, to the bit; ``verify`` must find the run directory
-whole; the audit of its ledger must find every sequence read exactly once, with the bytes of the shards; and no process and no temporary file may be left. Prints every kill; status 1 where anything differs.
+whole; the audit of its ledger must find every sequence read exactly once, with the bytes of the shards; and no process
+and no temporary file may be left. Prints every kill; status 1 where anything differs.
 """
 
 import argparse
