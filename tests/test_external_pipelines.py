@@ -69,10 +69,8 @@ def trained(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> Callable[...,
         result = directory.merge(on_ranks(2, rank_main, config, number))
         assert all(line.startswith("ok") for line in verify(Verify(run_dir=directory.path)))
         files = sorted(directory.generation(number).glob("receipts-*.parquet"))
-        given = pa.concat_tables([receipts.read(file) for file in files]).sort_by(
-            [("step", "ascending"), ("slot", "ascending")]
-        )
-        return result, given.drop_columns("generation").to_pylist()
+        given = pa.concat_tables([receipts.read(file) for file in files]).drop_columns("generation").to_pylist()
+        return result, sorted(given, key=itemgetter("step", "slot"))
 
     return run
 
