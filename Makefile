@@ -61,6 +61,7 @@ bench: java $(VENV)/.installed
 	$(BIN)/python benchmarks/distro.py
 	$(BIN)/python benchmarks/diloco.py
 	$(BIN)/python benchmarks/order.py
+	$(BIN)/python benchmarks/pack.py
 	$(BIN)/python benchmarks/planner.py
 	$(BIN)/python benchmarks/reader.py
 	$(BIN)/python benchmarks/waiting.py
