@@ -2,10 +2,10 @@
 
     python benchmarks/planner.py [--rows 100000 1000000 10000000] [--rounds 3]
 
-Each number of rows is planned in a process of its own, whose Python driver and JVM are asked for their peak memory. In
-local mode the JVM is driver and executors in one. Plan, range and a range made as wide as the plan, eight columns that
-cost nothing to compute, are written in turn, to Parquet; medians over rounds, ratios over pairs.
-The plan is one epoch of 1,000 shards, in batches of 512.
+Each number of rows is planned in a process of its own, whose Python driver and JVM are asked for their peak memory when
+it has planned once. In local mode the JVM is driver and executors in one. Plan, range and a range made as wide as the
+plan, eight columns that cost nothing to compute, are written in turn, to Parquet; medians over rounds, ratios over
+pairs. The plan is one epoch of 1,000 shards, in batches of 512.
 """
 
 import argparse
@@ -54,6 +54,13 @@ def seconds(fn: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def peak_mib() -> tuple[float, float]:
+    """Most memory so far of this process, and of its JVM."""
+    java = next(p for p in psutil.Process().children(recursive=True) if p.name() == "java")
+    status = Path(f"/proc/{java.pid}/status").read_text()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
 def measure(rows: int, rounds: int, block: int, memory: str) -> dict[str, float]:
     spark = (
         SparkSession.builder.master("local[2]")
@@ -65,19 +72,18 @@ def measure(rows: int, rounds: int, block: int, memory: str) -> dict[str, float]
         .getOrCreate()
     )
     spec = spec_of(rows, block)
-    plans, ranges, wides = [], [], []
+    plans, ranges, wides, peaks = [], [], [], []
     with tempfile.TemporaryDirectory() as path:
         positions = spark.range(spec.num_positions)
         bare, wide = positions.write.mode("overwrite"), positions.selectExpr(*WIDE).write.mode("overwrite")
         for i in range(rounds + 1):
             directory = RunDir(Path(path) / str(i))
             directory.path.mkdir()
+            plans.append(seconds(lambda to=directory: planner.write_plan(spark, spec, to)))
+            peaks.append(peak_mib())
             ranges.append(seconds(lambda: bare.parquet(f"file://{path}/bare")))
             wides.append(seconds(lambda: wide.parquet(f"file://{path}/wide")))
-            plans.append(seconds(lambda to=directory: planner.write_plan(spark, spec, to)))
         size = sum(file.stat().st_size for file in directory.plan.glob("*.parquet"))
-    java = next(p for p in psutil.Process().children(recursive=True) if p.name() == "java")
-    status = Path(f"/proc/{java.pid}/status").read_text()
     pairs = [a / b for a, b in zip(plans[1:], ranges[1:], strict=True)]  # the first round warms up
     return {
         "rows": spec.num_positions,
@@ -86,8 +92,8 @@ def measure(rows: int, rounds: int, block: int, memory: str) -> dict[str, float]
         "ratio": statistics.median(pairs),
         "to_wide": statistics.median(a / b for a, b in zip(plans[1:], wides[1:], strict=True)),
         "bytes": size / spec.num_positions,
-        "python": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-        "jvm": int(status.split("VmHWM:")[1].split()[0]) / 2**10,
+        "python": peaks[0][0],  # of planning alone: what comes after it is rows that the JVM writes
+        "jvm": peaks[0][1],
     }
 
 
