@@ -30,8 +30,8 @@ from sparktrain.tokens import Shard
 _MOST_JUMPS = 100
 # Each has keys of its own, which the driver makes.
 _MOST_EPOCHS = 10_000
-# Of the plan that one task writes, as one file.
-_LEAST_ROWS, _MOST_ROWS = 1 << 16, 1 << 20
+# Of the plan that one task writes, as one file of at most 65 MB: a task costs as much as a million rows.
+_LEAST_ROWS, _MOST_ROWS = 1 << 16, 1 << 23
 
 
 def spec_of(config: RunConfig, *sources: Sequence[Shard]) -> PlanSpec:
