@@ -2,9 +2,10 @@
 
     python benchmarks/planner.py [--rows 100000 1000000 10000000] [--rounds 3]
 
-Each number of rows is planned in a process of its own, whose Python driver and JVM are asked for their peak memory. In
-local mode the JVM is driver and executors in one. Plan, range and a range made as wide as the plan, eight columns that
-cost nothing to compute, are written in turn, to Parquet; medians over rounds, ratios over pairs.
+Each number of rows is planned in a process of its own, whose Python driver and JVM are asked for their peak memory when
+it has planned once. In local mode the JVM is driver and executors in one. Plan, range and a range made as wide as the
+plan, eight columns that cost nothing to compute, are written in turn, to Parquet; medians over rounds, ratios over
+pairs, of wall and of CPU seconds (of the JVM and its Python workers): those do not depend on what else runs.
 The plan is one epoch of 1,000 shards, in batches of 512.
 """
 
@@ -48,10 +49,26 @@ def spec_of(rows: int, block: int) -> PlanSpec:
     return PlanSpec(tuple(shards), LENGTH, BATCH, steps, seed=1, block=block)
 
 
-def seconds(fn: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def java() -> psutil.Process:
+    return next(p for p in psutil.Process().children(recursive=True) if p.name() == "java")
+
+
+def cpu_seconds() -> float:
+    """Of the JVM and the Python workers below it, all of which stay alive."""
+    return sum(sum(p.cpu_times()[:4]) for p in [java(), *java().children(recursive=True)])
+
+
+def seconds(fn: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU."""
+    began, before = time.perf_counter(), cpu_seconds()
     fn()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, cpu_seconds() - before
+
+
+def peak_mib() -> tuple[float, float]:
+    """Most memory so far of this process, and of its JVM."""
+    status = Path(f"/proc/{java().pid}/status").read_text()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def measure(rows: int, rounds: int, block: int, memory: str) -> dict[str, float]:
@@ -65,29 +82,33 @@ def measure(rows: int, rounds: int, block: int, memory: str) -> dict[str, float]
         .getOrCreate()
     )
     spec = spec_of(rows, block)
-    plans, ranges, wides = [], [], []
+    plans, ranges, wides, peaks = [], [], [], []
     with tempfile.TemporaryDirectory() as path:
         positions = spark.range(spec.num_positions)
         bare, wide = positions.write.mode("overwrite"), positions.selectExpr(*WIDE).write.mode("overwrite")
         for i in range(rounds + 1):
             directory = RunDir(Path(path) / str(i))
             directory.path.mkdir()
+            plans.append(seconds(lambda to=directory: planner.write_plan(spark, spec, to)))
+            peaks.append(peak_mib())
             ranges.append(seconds(lambda: bare.parquet(f"file://{path}/bare")))
             wides.append(seconds(lambda: wide.parquet(f"file://{path}/wide")))
-            plans.append(seconds(lambda to=directory: planner.write_plan(spark, spec, to)))
         size = sum(file.stat().st_size for file in directory.plan.glob("*.parquet"))
-    java = next(p for p in psutil.Process().children(recursive=True) if p.name() == "java")
-    status = Path(f"/proc/{java.pid}/status").read_text()
-    pairs = [a / b for a, b in zip(plans[1:], ranges[1:], strict=True)]  # the first round warms up
+
+    def ratio(over: list[tuple[float, float]], kind: int) -> float:
+        pairs = zip(plans[1:], over[1:], strict=True)  # the first round warms up
+        return statistics.median(a[kind] / b[kind] for a, b in pairs)
+
     return {
         "rows": spec.num_positions,
-        "seconds": statistics.median(plans[1:]),
-        "range": statistics.median(ranges[1:]),
-        "ratio": statistics.median(pairs),
-        "to_wide": statistics.median(a / b for a, b in zip(plans[1:], wides[1:], strict=True)),
+        "seconds": statistics.median(wall for wall, _ in plans[1:]),
+        "range": statistics.median(wall for wall, _ in ranges[1:]),
+        "ratio": ratio(ranges, 0),
+        "cpu": ratio(ranges, 1),
+        "to_wide": ratio(wides, 0),
         "bytes": size / spec.num_positions,
-        "python": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-        "jvm": int(status.split("VmHWM:")[1].split()[0]) / 2**10,
+        "python": peaks[0][0],  # of planning alone: what comes after it is rows that the JVM writes
+        "jvm": peaks[0][1],
     }
 
 
@@ -109,7 +130,7 @@ def main() -> None:
         m = json.loads(said.splitlines()[-1])
         print(
             f"{m['rows']:>10,.0f} rows  {m['seconds']:6.2f} s, {m['rows'] / m['seconds']:>9,.0f} rows/s, "
-            f"{m['ratio']:.2f} x a bare range ({m['range']:.2f} s), "
+            f"{m['ratio']:.2f} x a bare range ({m['range']:.2f} s), {m['cpu']:.2f} x its CPU, "
             f"{m['to_wide']:.2f} x a range as wide, {m['bytes']:.1f} bytes/row, "
             f"peak {m['python']:.0f} MiB Python driver, {m['jvm']:.0f} MiB JVM",
             flush=True,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparktrain import cli, failpoints, plan, receipts, tokens
+from sparktrain import cli, failpoints, plan, receipts
 from sparktrain.checkpoints import name_of
 from sparktrain.config import RunConfig
 from sparktrain.errors import DataError, LaunchError, ModelError
@@ -71,19 +71,24 @@ def small(spark: Any) -> Iterator[None]:
         spark.conf.unset(name)
 
 
+def planned(spark: Any, path: Path, config: RunConfig) -> RunDir:
+    """A run directory with a plan, as the driver leaves it."""
+    directory = RunDir(path)
+    directory.path.mkdir()
+    directory.claim(config)
+    read = index.read_shards(spark, index.locate(config.data), config.data)
+    spec = planner.spec_of(config, *([shard for shard, _ in read[name]] for name in config.data.trained_on))
+    digesting.write_digests(spark, spec, config.data, directory.digests)
+    planner.write_plan(spark, spec, directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def run(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A finished run that lost ranks twice: 2 ranks to step 4, 3 to step 8, 1 to the end."""
     path = tmp_path_factory.mktemp("ledger")
     write_shards(path / "train", shards=2, tokens=32 * 31 + 9)
-    config = cli.parse(RunConfig, tiny_argv(path, path / "run", *SETTINGS))
-    indexed = index.index_shards(spark, tokens.locate_shards(path / "train"), config.data)
-    directory = RunDir(path / "run")
-    directory.path.mkdir()
-    directory.claim(config)
-    spec = planner.spec_of(config, [shard for shard, _ in indexed])
-    digesting.write_digests(spark, spec, config.data, directory.digests)
-    planner.write_plan(spark, spec, directory)
+    directory = planned(spark, path / "run", cli.parse(RunConfig, tiny_argv(path, path / "run", *SETTINGS)))
     attempt(directory, 2, "updated@step=5:raise")
     attempt(directory, 3, "updated@step=9:raise")
     attempt(directory, 1)
@@ -118,6 +123,29 @@ def test_a_run_that_changed_its_number_of_ranks_is_clean(run: RunDir, job: Calla
     # Receipts of steps that were lost are on disk, and do not count.
     given = sum(len(receipts.read(file)) for file in run.path.glob("gen/*/receipts-*.parquet"))
     assert given > 168
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--data.block", "3", "--launch.weights", "measured"),
+        ("--data.order", "psyche", "--data.window", "psyche"),
+    ],
+)
+def test_a_mixture_in_any_order_shared_by_speed_is_clean(spark: Any, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """Of two sources, by 2 ranks to step 2, and by 3 from then on."""
+    for seed, name in enumerate(("a", "b")):
+        write_shards(tmp_path / name, shards=2, tokens=32 * 11 + 9, seed=seed)
+    sources = [{"name": name, "path": str(tmp_path / name), "weight": weight} for name, weight in (("a", 7), ("b", 3))]
+    argv = tiny_argv(tmp_path, tmp_path / "run", "--data.sources", json.dumps(sources), "--checkpoint.every", "2")
+    del argv[(path := argv.index("--data.path")) : path + 2]
+    directory = planned(spark, tmp_path / "run", cli.parse(RunConfig, [*argv, *settings]))
+    attempt(directory, 2, "updated@step=3:raise")
+    attempt(directory, 3)
+    lines = list(audit.audit(spark, directory.path))
+    assert lines[1:3] == ["       0 to 1 by attempt 1 with 2 ranks", "       2 to 5 by attempt 2 with 3 ranks"]
+    assert not [line for line in lines[3:-1] if line.split()[1] != "ok"]
+    assert lines[-1] == "ledger 48 planned, 48 consumed, 0 missing, 0 doubled, 0 other than planned, wrong bytes: 0"
 
 
 # -- sabotages: what is done to a run directory, and which check finds what --------------------------------------------

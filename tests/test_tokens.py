@@ -1,5 +1,7 @@
 """Token shards: what is written is read, and what is no shard is named."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +87,25 @@ def test_what_is_no_shard_is_named(tmp_path: Path, content: bytes, metadata: str
     with pytest.raises(DataError, match=message) as caught:
         tokens.inspect(str(path))
     assert "x.ds" in str(caught.value)
+
+
+def test_a_shard_that_may_not_be_read_is_named() -> None:
+    with tempfile.TemporaryDirectory() as directory:  # the user's own, whereas pytest's are nobody else's
+        os.chmod(directory, 0o755)
+        path = Path(directory, "x.ds")
+        path.write_bytes(b"abcd")
+        path.chmod(0)
+        user = os.geteuid()
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(
+                DataError, match=r"x\.ds cannot be read: Permission denied; let the user that"
+            ) as caught:
+                tokens.inspect(str(path))
+        finally:
+            os.seteuid(user)
+    assert "\n" not in str(caught.value)
 
 
 def test_directories_without_shards_are_named(tmp_path: Path) -> None:

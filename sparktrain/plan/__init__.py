@@ -15,8 +15,9 @@ from sparktrain.plan.mixture import Source
 from sparktrain.plan.order import Order
 from sparktrain.plan.share import Range, Share
 from sparktrain.plan.shuffle import Ints
-from sparktrain.plan.spec import Assignment, PlanSpec, rows, spread_windows, windows_at
+from sparktrain.plan.spec import Assignment, PlanSpec
 from sparktrain.plan.steps import runs_of_steps, slots_of
+from sparktrain.plan.table import rows, spread_windows, windows_at
 from sparktrain.plan.windows import WINDOWS, count_microshards, stride_of, window_length
 
 __all__ = [

@@ -55,6 +55,8 @@ class Order:
     def at(self, index: Ints) -> tuple[Ints, Ints]:
         """Epoch and microshard of the ``index``-th that is taken from this source."""
         epoch, i = np.divmod(index, self.kept)
+        if len(i) and (one := int(epoch.min())) == epoch.max():
+            return epoch, self.in_epoch(one, i)
         microshard = np.empty_like(i)
         for e in np.unique(epoch).tolist():
             here = epoch == e

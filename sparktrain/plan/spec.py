@@ -1,6 +1,5 @@
 """What a plan is a function of, and its rows."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from sparktrain.plan import mixture, skip
 from sparktrain.plan.mixture import Source
 from sparktrain.plan.order import Order
 from sparktrain.plan.shuffle import ROUNDS, Ints
-from sparktrain.plan.steps import Stretch, first_position, steps_and_slots, stretch_of, stretches_of
+from sparktrain.plan.steps import Stretch, first_position, stretch_of, stretches_of
 from sparktrain.plan.windows import count_microshards, stride_of, window_length
 from sparktrain.tokens.shard import Shard
 
@@ -73,6 +72,26 @@ class PlanSpec:
         """``[len(shards) + 1]``: number of the first microshard of each shard; the last entry is N."""
         counts = [count_microshards(shard, self.sequence_length) for shard in self.shards]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    @cached_property
+    def strides(self) -> Ints:
+        """``[len(shards)]``: tokens from one microshard of a shard to the next."""
+        return np.array([stride_of(shard, self.sequence_length) for shard in self.shards], dtype=np.int64)
+
+    @cached_property
+    def _buckets(self) -> tuple[int, Ints]:
+        """A width, and the shard that has the first of each so many microshards."""
+        width = max(1, self.num_microshards // (8 * len(self.shards)))
+        firsts = np.arange(0, self.num_microshards, width)
+        return width, np.searchsorted(self.first_microshards, firsts, side="right") - 1
+
+    def shards_of(self, microshard: Ints) -> Ints:
+        """The shard of each microshard. Most are looked up: a search takes ten times as long."""
+        width, shards = self._buckets
+        found, firsts = shards[microshard // width], self.first_microshards
+        later = np.flatnonzero(microshard >= firsts[found + 1])
+        found[later] = np.searchsorted(firsts, microshard[later], side="right") - 1
+        return found
 
     @property
     def num_microshards(self) -> int:
@@ -157,6 +176,8 @@ class PlanSpec:
     def contents(self, position: Ints) -> tuple[Ints, Ints, Ints]:
         """Source, epoch of that source, and microshard of each position."""
         source, index = self.draws(skip.places_of(self.skipped_places, position))
+        if not self.mixed:
+            return source, *self.orders[0].at(index)
         epoch, microshard = np.empty_like(index), np.empty_like(index)
         for number, (order, first) in enumerate(zip(self.orders, self.first_of_sources, strict=True)):
             here = source == number
@@ -214,36 +235,3 @@ class PlanSpec:
             "sources": tuple(Source(**source) for source in values["sources"]),
         }
         return cls(**{**values, **ranges, **made})
-
-
-def rows(spec: PlanSpec, first_pos: int, last_pos: int) -> list[Assignment]:
-    """The plan's rows for positions [first_pos, last_pos): what the Parquet files must hold."""
-    pos, firsts = np.arange(first_pos, last_pos, dtype=np.int64), spec.first_microshards
-    step, slot = steps_and_slots(spec.stretches, pos)
-    _, epoch, microshard = spec.contents(pos)
-    shard = np.searchsorted(firsts, microshard, side="right") - 1
-    strides = np.array([stride_of(s, spec.sequence_length) for s in spec.shards], dtype=np.int64)
-    start = (microshard - firsts[shard]) * strides[shard]
-    columns = (step, slot, pos, epoch, microshard, shard, start)
-    return [
-        Assignment(a, b, p, e, m, spec.shards[s].path, begin, spec.window_length)
-        for a, b, p, e, m, s, begin in zip(*(c.tolist() for c in columns), strict=True)
-    ]
-
-
-def spread_windows(shards: list[Shard], sequence_length: int, limit: int) -> list[tuple[Shard, int]]:
-    """At most ``limit`` windows over ``shards``, evenly spaced: the same for every rank and number of ranks."""
-    spec = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0)
-    chosen = np.unique(np.linspace(0, spec.num_microshards - 1, min(limit, spec.num_microshards)).astype(np.int64))
-    return windows_at(shards, sequence_length, chosen)
-
-
-def windows_at(shards: Sequence[Shard], sequence_length: int, microshards: Ints) -> list[tuple[Shard, int]]:
-    """The shard and first token of each of ``microshards``, counted through ``shards``."""
-    firsts = PlanSpec(tuple(shards), sequence_length, total_batch=1, steps=1, seed=0).first_microshards
-    which = np.searchsorted(firsts, microshards, side="right") - 1
-    nth = microshards - firsts[which]
-    return [
-        (shards[s], i * stride_of(shards[s], sequence_length))
-        for s, i in zip(which.tolist(), nth.tolist(), strict=True)
-    ]

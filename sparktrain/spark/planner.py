@@ -1,22 +1,26 @@
 """The plan as Spark DataFrames: write it, and view it by rank.
 
-The numbers are those of ``plan``, computed in SQL (``ordering.py``): a map-only job from position to microshard, whose
-output is in step order without a shuffle or a sort.
+It is written by a map-only job from position to microshard: each task computes a range of positions as ``plan`` does,
+in NumPy, and writes them as they are, in step order: nothing is shuffled or sorted, and no row passes through Spark.
+The same numbers in SQL (``ordering.py``) are what the audit compares with.
 """
 
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from sparktrain.config import RunConfig, Skip
-from sparktrain.errors import ConfigError, DataError
-from sparktrain.plan import PlanSpec, Source, psyche, skip, slots_of, stride_of
+from sparktrain.errors import ConfigError, DataError, LaunchError
+from sparktrain.plan import PlanSpec, Source, files, psyche, skip, slots_of, stride_of
 from sparktrain.plan.mixture import normalised
 from sparktrain.rundir import RunDir
 from sparktrain.spark.ordering import microshards
@@ -26,6 +30,8 @@ from sparktrain.tokens import Shard
 _MOST_JUMPS = 100
 # Each has keys of its own, which the driver makes.
 _MOST_EPOCHS = 10_000
+# Of the plan that one task writes, as one file of at most 65 MB: a task costs as much as a million rows.
+_LEAST_ROWS, _MOST_ROWS = 1 << 16, 1 << 23
 
 
 def spec_of(config: RunConfig, *sources: Sequence[Shard]) -> PlanSpec:
@@ -117,8 +123,27 @@ def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
     if directory.plan_spec() == spec:
         return
     (directory.path / "plan.json").unlink(missing_ok=True)
-    plan_frame(spark, spec).write.mode("overwrite").parquet(f"file://{directory.plan}")
+    shutil.rmtree(directory.plan, ignore_errors=True)
+    directory.plan.mkdir()
+    rows = -(-spec.num_positions // spark.sparkContext.defaultParallelism)
+    rows = min(max(rows, _LEAST_ROWS), _MOST_ROWS)
+    parts = -(-spec.num_positions // rows)
+    tasks = spark.range(0, parts, numPartitions=parts)
+    for row in tasks.mapInArrow(partial(_write, spec, directory.plan, rows), "problem string").collect():
+        raise LaunchError(f"the plan could not be written to {directory.plan}: {row.problem}; make room or mend it")
     directory.write_plan_spec(spec)
+
+
+def _write(spec: PlanSpec, directory: Path, rows: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        problems = []
+        for part in batch.column(0).to_pylist():
+            end = min((part + 1) * rows, spec.num_positions)
+            try:
+                files.write_part(spec, part * rows, end, directory / f"part-{part:05d}.parquet")
+            except OSError as error:
+                problems.append(error.strerror or str(error))
+        yield pa.RecordBatch.from_pydict({"problem": pa.array(problems, pa.string())})
 
 
 def assignments(spark: SparkSession, run_dir: str | Path, world_size: int, weights: Sequence[float] = ()) -> DataFrame:

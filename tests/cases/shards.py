@@ -81,6 +81,7 @@ SIMPLE = [
     Case("shard is a pipe", damaged(lambda t: os.mkfifo(t / NEW)), 3, f"{NEW} cannot be read: it is no regular file"),
     Case("link to nothing", damaged(lambda t: (t / NEW).symlink_to("x")), 3, f"{NEW} does not exist|cannot be read"),
     Case("link to a shard", damaged(lambda t: (t / NEW).symlink_to(t / FIRST)), 3, "is in the data twice"),
+    Case("hard link to a shard", damaged(lambda t: (t / NEW).hardlink_to(t / FIRST)), 3, "hold the same tokens: remov"),
     Case("shard too short", damaged(extra(np.arange(20))), 3, f"{NEW} has 20 tokens, fewer than one sequence of 32"),
     Case("odd bytes", damaged(changed(SECOND, lambda c: c + b"x")), 3, f"{SECOND} has 8001 bytes, not a multiple of"),
     Case("torn shard", damaged(changed(SECOND, lambda c: c[:4000])), 3, f"{SECOND} holds 2000 tokens .*says 4000"),
@@ -336,6 +337,18 @@ PARQUET = [
     ),
     Case(
         "Parquet over 2^31", damaged(parquet(input_ids=[*ROWS[1:], [2**31 + 7] * 33])), 3, "has token id 2147483655 at"
+    ),
+    Case(
+        "Parquet's labels too short",
+        damaged(parquet(input_ids=ROWS, labels=[[1] * 32] * 20)),
+        3,
+        "column labels, row 0 of 32 values, expected 33",
+    ),
+    Case(
+        "Parquet's documents too long",
+        damaged(parquet(input_ids=ROWS, sequence_lengths=[[20, 20]] * 20)),
+        3,
+        "p.parquet .*sequence_lengths",
     ),
     Case("Parquet padded", damaged(parquet(input_ids=ROWS, attention_mask=[[1] * 32 + [0]] * 20)), 3, "padding: pack"),
     Case(

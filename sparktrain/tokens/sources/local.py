@@ -23,7 +23,8 @@ class LocalSource:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise DataError(f"shard {uri} cannot be read: {error.strerror}") from error
+            allow = "; let the user that driver and executors run as read it" * isinstance(error, PermissionError)
+            raise DataError(f"shard {uri} cannot be read: {error.strerror}{allow}") from error
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             os.close(self._fd)
             raise DataError(f"shard {uri} cannot be read: it is no regular file")
