@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from sparktrain.config import Data, InnerLoop, RunConfig
 from sparktrain.errors import ConfigError, DataError, LaunchError
-from sparktrain.spark import sanity, task
+from sparktrain.spark import context, sanity, task
 from sparktrain.spark.scheduling import check_drivers_gpus, check_executors_settings, conf
 from sparktrain.tokens.sources import absolute
 
@@ -32,7 +32,8 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
     """
     mode = config.launch.mode
     if mode == "auto":
-        mode = "local" if is_local_master(spark) else "executors"
+        # A Connect client's machine need not be its server's: the server runs the ranks.
+        mode = "local" if is_local_master(spark) and not context.is_connect(spark) else "executors"
     if mode == "executors":
         check_executors_settings(spark)
         slots = count_slots(spark, config.launch.ranks)
@@ -45,7 +46,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
             )
     else:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        ranks = config.launch.ranks or spark.sparkContext.defaultParallelism
+        ranks = config.launch.ranks or context.parallelism(spark)
         threads = max(1, cores // ranks)
         check_drivers_gpus(spark, ranks)
         if config.launch.launcher == "direct" and ranks > 1:
@@ -172,14 +173,12 @@ def _program(settings: InnerLoop) -> dict[str, Any]:
 
 
 def count_slots(spark: SparkSession, wanted: int = 0) -> int:
-    """Barrier tasks the cluster can run at once, known to the JVM; fewer than ``wanted``, or 0, only after waiting for
-    executors to register."""
-    jvm = spark.sparkContext._jsc.sc()
-    profile = jvm.resourceProfileManager().defaultResourceProfile()
+    """Barrier tasks the cluster can run at once; fewer than ``wanted``, or 0, only after waiting for executors to
+    register."""
     expected = int(conf(spark, "spark.executor.instances", "1"))
     deadline = time.monotonic() + _REGISTRATION_SECONDS
     while True:
-        slots, executors = int(jvm.maxNumConcurrentTasks(profile)), int(jvm.getExecutorMemoryStatus().size()) - 1
+        slots, executors = context.slots_and_executors(spark)
         enough = slots >= wanted if wanted else slots and executors >= expected
         if enough or is_local_master(spark) or time.monotonic() > deadline:
             return slots
