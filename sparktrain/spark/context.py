@@ -23,11 +23,12 @@ def is_connect(spark: Any) -> bool:
     return not isinstance(spark, SparkSession)
 
 
-def sparks_own(spark: SparkSession, job: str, instead: str) -> SparkContext:
+def sparks_own(spark: Any, job: str, instead: str) -> SparkContext:
     """The SparkContext of ``spark``; raises :class:`ConfigError`, that ``job`` needs one and what to do ``instead``."""
     if is_connect(spark):
         raise ConfigError(f"{job} needs Spark's RDDs, which a Spark Connect client does not have: {instead}")
-    return spark.sparkContext
+    own: SparkContext = spark.sparkContext
+    return own
 
 
 def parallelism(spark: SparkSession) -> int:
@@ -58,13 +59,12 @@ def slots_and_executors(spark: SparkSession) -> tuple[int, int]:
     return parallelism(spark) // int(str(spark.conf.get("spark.task.cpus", "1"))), instances
 
 
-def drivers_gpus(spark: SparkSession) -> bool:
+def drivers_gpus(spark: Any) -> bool:
     """Whether Spark found GPUs where its driver is."""
-    resources = spark.client._resources() if is_connect(spark) else spark.sparkContext.resources  # type: ignore[operator]
-    return "gpu" in resources
+    return "gpu" in (spark.client._resources() if is_connect(spark) else spark.sparkContext.resources)
 
 
-def log_addresses(spark: SparkSession) -> tuple[str, str]:
+def log_addresses(spark: Any) -> tuple[str, str]:
     """Where this process is to listen for ranks' lines, and as what ranks reach it."""
     driver = str(spark.conf.get("spark.driver.host"))
     if is_connect(spark):
@@ -75,7 +75,7 @@ def log_addresses(spark: SparkSession) -> tuple[str, str]:
 
 
 class Jobs:
-    """The Spark jobs of one thread, which another can cancel: one that waits inside py4j cannot, its gateway is busy."""
+    """The Spark jobs of a thread, for another one to cancel: while it waits inside py4j its gateway is busy."""
 
     def __init__(self, spark: SparkSession, group: str, what: str) -> None:
         self._spark, self._group, self._what, self._connect = spark, group, what, is_connect(spark)

@@ -26,13 +26,12 @@ _REPLACEMENT_SECONDS = 20.0
 
 
 def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
-    """``config`` with every ``auto`` decided by this cluster and every path absolute.
+    """``config`` with every ``auto`` decided by this cluster, where a Connect client's ranks run, and paths absolute.
 
     Raises :class:`ConfigError` where the cluster cannot run so many ranks in that way.
     """
     mode = config.launch.mode
     if mode == "auto":
-        # A Connect client's machine need not be its server's: the server runs the ranks.
         mode = "local" if is_local_master(spark) and not context.is_connect(spark) else "executors"
     if mode == "executors":
         check_executors_settings(spark)
