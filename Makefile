@@ -13,7 +13,7 @@ SUBMIT := PATH="$(CURDIR)/$(BIN):$$PATH" PYSPARK_PYTHON=python spark-submit --pr
 # More settings for the quickstart's training: make quickstart TRAIN_ARGS="--train.steps 20"
 TRAIN_ARGS ?=
 
-.PHONY: quickstart test chaos chaos-short lint commands notebooks docs bench clean java
+.PHONY: quickstart test chaos chaos-short lint commands lm-eval notebooks docs bench clean java
 
 quickstart: java $(VENV)/.installed
 	$(SUBMIT) jobs/tokenize.py conf/tokenize.toml
@@ -45,6 +45,10 @@ lint: $(VENV)/.installed
 # The commands of README and docs that can run on one machine, on a small model.
 commands: java $(VENV)/.installed
 	$(BIN)/python -m tests.commands
+
+# EleutherAI's harness, in an environment of its own: it opens a run's model as it is, and finds that model's loss.
+lm-eval: java $(VENV)/lm-eval/.installed
+	SPARKTRAIN_LM_EVAL="$(CURDIR)/$(VENV)/lm-eval/bin/lm_eval" $(BIN)/pytest tests/test_lm_eval.py
 
 # Minutes: notebooks with their own settings, as a user runs them; CI runs them small (tests/test_notebooks.py).
 notebooks: java $(VENV)/.installed
@@ -78,6 +82,11 @@ java:
 $(VENV)/.installed: setup.cfg setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/lm-eval/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)/lm-eval
+	$(VENV)/lm-eval/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt lm-eval torch transformers accelerate
 	touch $@
 
 clean:

@@ -4,13 +4,13 @@ from functools import partial
 
 from sparktrain import cli
 from sparktrain.compare import Compare, compare
-from sparktrain.spark import driver
+from sparktrain.spark import driver, trackers
 from sparktrain.spark.session import session
 
 
 def main(argv: list[str]) -> None:
     config = cli.parse(Compare, argv)
-    with session("sparktrain compare") as spark:
+    with session("sparktrain compare") as spark, trackers.together(config.run.trackers, config.run.dir):
         print(compare(config, partial(driver.run, spark)).markdown())
 
 

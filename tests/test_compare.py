@@ -2,10 +2,12 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +17,7 @@ from sparktrain.compare import Compare, Comparison, compare, running
 from sparktrain.compare.comparison import Entry
 from sparktrain.compare.pictures import pareto_front
 from sparktrain.config import RunConfig
-from sparktrain.errors import ConfigError, RunDirBusy
+from sparktrain.errors import ConfigError, Diverged, RunDirBusy
 from sparktrain.report.figures import png
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
@@ -202,6 +204,54 @@ def test_strategies_are_compared_and_a_compare_goes_on_where_it_was(
     text = Path(out.strip()).read_text()
     assert "distro-lr0.003: distro, 2 ranks" in text
     assert "http" not in text
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[None]:
+    """A real MLflow store."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_experiment(experiment_id=mlflow.create_experiment("compare", str(tmp_path / "artifacts")))
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+def test_a_run_that_diverges_is_a_row_and_mlflow_has_the_others_as_children_of_one(
+    spark: Any, data: Path, store: None, tmp_path: Path, job: Any
+) -> None:
+    # Weights that decay by their ninety-eightfold are soon no numbers.
+    argv = [*tiny_argv(data, tmp_path / "compare"), "--optimizer.weight-decay", "9.9", "--train.steps", "40"]
+    argv += ["--strategies", '{"kind": "adamw", "lr": [9.9, 1e-3]}', "--run.trackers", "mlflow"]
+    code, out, err = job("compare", *argv)
+    assert code == 0, err
+    assert "adamw, lr 9.9 diverged: rank " in out
+    lost, kept = pq.read_table(tmp_path / "compare" / "compare.parquet").to_pylist()
+    assert lost["outcome"].startswith("diverged: rank ")
+    assert "lower optimizer.lr" in lost["outcome"]
+    assert (lost["lr"], lost["loss"], lost["best"]) == (9.9, None, False)
+    assert (kept["lr"], kept["outcome"], kept["best"]) == (1e-3, "finished", True)
+    cells = [cell.strip() for cell in (tmp_path / "compare" / "compare.md").read_text().splitlines()[2].split("|")]
+    assert cells[1:5] == ["adamw", "9.9", "diverged", ""]
+    (parent,) = mlflow.search_runs(filter_string="run_name = 'compare'", output_format="list")
+    children = mlflow.search_runs(
+        filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}'", output_format="list"
+    )
+    assert parent.info.status == "FINISHED"
+    assert {run.info.run_name: run.info.status for run in children} == {
+        "adamw-lr9.9": "FAILED",
+        "adamw-lr0.001": "FINISHED",
+    }
+    names = {file.path for file in mlflow.artifacts.list_artifacts(run_id=parent.info.run_id)}
+    assert {"compare.md", "compare.parquet", "loss_over_bytes.png", "loss_over_tokens.png"} <= names
+
+
+def test_where_all_runs_diverge_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    def diverge(run: RunConfig) -> RunResult:
+        raise Diverged(f"loss is nan at {run.optimizer.lr}")
+
+    with pytest.raises(Diverged, match="all 4 runs of .* diverged: lower optimizer.lr"):
+        compare(cli.parse(Compare, ["--run.dir", str(tmp_path / "c")]), diverge)
+    assert not (tmp_path / "c" / "compare.md").exists()
 
 
 def test_a_compare_of_sources_elsewhere_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

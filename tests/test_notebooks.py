@@ -4,11 +4,15 @@
 """
 
 import ast
+import base64
+import io
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 from sparktrain.rundir import RunDir
 from tests import notebooks
@@ -56,6 +60,9 @@ def test_the_quickstart_runs_and_its_interrupted_cell_goes_on(tmp_path: Path) ->
     assert "200 steps" in said
     assert "def test_" in said
     assert "communication" in str(after.metadata.widgets)  # the bar's text
+    (picture,) = [o.data["image/png"] for o in after.cells[0].outputs if "image/png" in o.get("data", {})]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")).astype(int)
+    assert (np.abs(pixels - (0x00, 0x72, 0xB2)).max(axis=2) < 12).sum() > 100  # the live plot's line, drawn last
 
 
 # Before the run: an interrupt once ranks train, from the kernel to itself, as the square button has it sent.

@@ -42,7 +42,7 @@ def tracked(spark: Any, data: Path, store: Path, tmp_path_factory: pytest.TempPa
     tokenizer.save(str(run_dir.parent / "tokenizer.json"))
     argv = tiny_argv(data, run_dir, *BOTH, "--data.heldout", str(data / "heldout"), "--train.steps", "30")
     argv += ["--model.tokenizer", str(run_dir.parent)]
-    with trackers.together(["mlflow"], "comparison"):
+    with trackers.together(["mlflow"], run_dir.parent / "comparison"):
         result = driver.run(spark, cli.parse(RunConfig, argv))
         parent = mlflow.active_run()
     assert parent is not None
@@ -112,7 +112,7 @@ def test_a_tracker_whose_server_is_away_costs_one_line(
         directory = RunDir(tmp_path / "run")
         directory.path.mkdir()
         directory.claim(config)
-        with trackers.together(["mlflow"], "comparison"), trackers.tracking(config, directory) as tracking:
+        with trackers.together(["mlflow"], tmp_path), trackers.tracking(config, directory) as tracking:
             for step in (3, 6):
                 tracking.log(Stretch(step, 3, 2, 2.0, 0.1, 1.0, 99, 9.0, 0.1, 0.8, 0.1, 8.0, 8.0, 1, "h", 1.0))
             tracking.finish(RunResult(str(directory.path), (rank_result(0, [record(0, 1.0, 1)], world=1),)))

@@ -58,6 +58,11 @@ class Entry:
             sum(row["loss"] * row["tokens"] for row in last) / sum(row["tokens"] for row in last) if last else math.nan
         )
 
+    @property
+    def place(self) -> tuple[bool, float]:
+        """By which it stands among its strategy's: a score that is no number is the worst."""
+        return math.isnan(self.score), self.score
+
     def row(self, best: bool) -> dict[str, Any]:
         """Bytes and seconds are a rank's, as in :meth:`RunResult.summary`; ``less_than_ring``: how many times fewer
         bytes it received than a ring all-reduce of the gradient in every step would bring it; None: none at all."""
@@ -69,6 +74,7 @@ class Entry:
             "kind": self.kind,
             "lr": self.lr,
             "best": best,
+            "outcome": "finished",
             "ranks": s["world_size"],
             "steps": s["steps"],
             "tokens": s["tokens"],
@@ -84,23 +90,52 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """All runs of a compare, in the order of its settings."""
+class Lost:
+    """A run that diverged, and what it said last."""
 
-    entries: tuple[Entry, ...]
+    strategy: str
+    kind: str
+    lr: float
+    run_dir: str
+    why: str
+
+    def row(self) -> dict[str, Any]:
+        """What is known of it; nothing of how far it came, as that is no result."""
+        return {
+            "strategy": self.strategy,
+            "kind": self.kind,
+            "lr": self.lr,
+            "best": False,
+            "outcome": f"diverged: {self.why}",
+            "run_dir": self.run_dir,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs of a compare, in the order of its settings; one of them at least has ended well."""
+
+    runs: tuple[Entry | Lost, ...]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The runs that ended well."""
+        return [run for run in self.runs if isinstance(run, Entry)]
 
     @property
     def best(self) -> list[Entry]:
-        """The best run of each strategy."""
+        """The best run of each strategy that has one."""
         names = dict.fromkeys(entry.strategy for entry in self.entries)
-        return [min((e for e in self.entries if e.strategy == name), key=lambda e: e.score) for name in names]
+        return [min((e for e in self.entries if e.strategy == name), key=lambda e: e.place) for name in names]
 
     @property
     def table(self) -> pa.Table:
-        """A row per run; ``best``: the one of its strategy that counts."""
+        """A row per run; ``best``: the one of its strategy that counts; ``outcome``: ``finished``, or ``diverged`` and
+        why, with nothing measured beside it."""
         best = self.best
-        rows = [entry.row(entry in best) for entry in self.entries]
-        table = pa.Table.from_pylist(rows)
+        rows = [run.row(run in best) if isinstance(run, Entry) else run.row() for run in self.runs]
+        names = list(self.entries[0].row(best=True))
+        table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
         for name in ("heldout_loss", "less_than_ring"):  # a column of nothing but None has a type, too
             table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.float64()))
         return table
@@ -118,10 +153,12 @@ class Comparison:
     def markdown(self) -> str:
         """The columns that matter most, in columns; the best of several learning rates is marked by ``*``."""
         rows = self.table.to_pylist()
-        several = len(rows) > len(self.best)
+        several = len(self.entries) > len(self.best)
         cells = [[name.replace("_", " ") for name, _ in _HEAD]]
         for row in rows:
             line = ["" if row[name] is None else format(row[name], form) for name, form in _HEAD]
+            if row["outcome"] != "finished":
+                line[2] = "diverged"
             line[1] += " *" if several and row["best"] else ""
             cells.append(line)
         widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD))]

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparktrain.atomic import write_json
-from sparktrain.compare.comparison import Comparison, Entry
+from sparktrain.compare.comparison import Comparison, Entry, Lost
 from sparktrain.compare.settings import Compare
 from sparktrain.config import RunConfig
 from sparktrain.config.section import differences
-from sparktrain.errors import ConfigError
+from sparktrain.errors import ConfigError, Diverged, SparktrainError
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.tokens.sources import absolute
@@ -20,22 +20,30 @@ _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 def compare(config: Compare, train: Callable[[RunConfig], RunResult]) -> Comparison:
     """Train every run of ``config`` that is not finished, one after the other, and write table and pictures to
-    ``config.run.dir``.
+    ``config.run.dir``. A run that diverges has a row that says so, and the others go on.
 
-    Raises :class:`ConfigError` where the directory holds anything but this compare, or no picture could be drawn; and
-    what ``train`` raises. The same call goes on from there.
+    Raises :class:`ConfigError` where the directory holds anything but this compare, or no picture could be drawn;
+    :class:`Diverged` where all runs did; and what else ``train`` raises. The same call goes on from there.
     """
     from sparktrain.compare import pictures  # noqa: F401  before hours of training, not after
 
-    directory, runs, entries = config.run.dir.absolute(), list(config.runs()), []
+    directory, runs = config.run.dir.absolute(), list(config.runs())
+    ended: list[Entry | Lost] = []
     with RunDir(directory).lock():
         _claim(directory, config)
         for number, (contender, run) in enumerate(runs, 1):
             print(f"run {number} of {len(runs)}: {contender.label}, lr {run.optimizer.lr:g}", flush=True)
-            result = train(run)
-            size = _ELEMENT_BYTES[config.model.dtype]
-            entries.append(Entry(contender.label, contender.strategy.kind, run.optimizer.lr, result, size))
-        comparison = Comparison(tuple(entries))
+            what = contender.label, contender.strategy.kind, run.optimizer.lr
+            try:
+                ended.append(Entry(*what, train(run), _ELEMENT_BYTES[config.model.dtype]))
+            except SparktrainError as error:
+                if error.exit_code != Diverged.exit_code:
+                    raise
+                ended.append(Lost(*what, str(run.run.dir), str(error)))
+                print(f"{contender.label}, lr {run.optimizer.lr:g} diverged: {error}", flush=True)
+        comparison = Comparison(tuple(ended))
+        if not comparison.entries:
+            raise Diverged(f"all {len(runs)} runs of {directory} diverged: lower optimizer.lr or the strategies' lr")
         comparison.write(directory)
     return comparison
 

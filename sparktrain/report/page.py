@@ -37,6 +37,7 @@ th { font-weight: 600; white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); column-gap: 3rem; }
 img { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
 </style>
 </head>
@@ -142,4 +143,5 @@ def _checkpoints(directory: RunDir, result: RunResult) -> str:
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     lines = ["".join(f"<td>{html.escape(str(value))}</td>" for value in row) for row in rows]
-    return f"<table><tr>{cells}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'

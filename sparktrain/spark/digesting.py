@@ -20,6 +20,7 @@ from sparktrain.config import Data
 from sparktrain.digests import file_of
 from sparktrain.errors import DataError
 from sparktrain.plan import PlanSpec, stride_of
+from sparktrain.spark.context import parallelism
 from sparktrain.tokens import TokenFile
 from sparktrain.tokens.sources import is_local, reach
 
@@ -36,7 +37,7 @@ def write_digests(spark: SparkSession, spec: PlanSpec, data: Data, directory: Pa
     if not at_hand or data.pipeline != "sharded":
         return
     numbers = spark.createDataFrame(pa.table({"number": at_hand}))
-    tasks = numbers.repartition(min(len(at_hand), 4 * spark.sparkContext.defaultParallelism))
+    tasks = numbers.repartition(min(len(at_hand), 4 * parallelism(spark)))
     problems = tasks.mapInArrow(partial(_digest, spec, data, directory), "problem string").collect()
     for row in problems:
         raise DataError(row.problem)

@@ -17,6 +17,7 @@ from sparktrain import tokens
 from sparktrain.config import Data
 from sparktrain.errors import DataError
 from sparktrain.plan import count_microshards, window_length
+from sparktrain.spark.context import parallelism
 from sparktrain.tokens import Known, Shard
 from sparktrain.tokens.source import Opener
 from sparktrain.tokens.sources import is_local, open_source, reach, sha256_of
@@ -101,7 +102,7 @@ def index_shards(
             for row in spark.createDataFrame(
                 [tuple(row.values()) for row in asked], "path string, size long, hash string"
             )
-            .repartition(min(len(located), 4 * spark.sparkContext.defaultParallelism))
+            .repartition(min(len(located), 4 * parallelism(spark)))
             .mapInArrow(
                 partial(_inspect, data), "path string, shard string, max_token long, digest string, problem string"
             )

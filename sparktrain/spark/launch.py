@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-from pyspark import InheritableThread, cloudpickle
+from pyspark import cloudpickle
 from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.ml.torch.log_communication import LogStreamingServer, WriteLogToStdout  # type: ignore[attr-defined]
 from pyspark.sql import SparkSession
@@ -22,7 +22,7 @@ from pyspark.sql import SparkSession
 from sparktrain.errors import LaunchError
 from sparktrain.results import RankFailure
 from sparktrain.rundir import STOP, RunDir
-from sparktrain.spark import ending, network, task
+from sparktrain.spark import context, ending, network, task
 from sparktrain.spark.watch import Verdict, hung, watching
 
 for module in (task, ending, network):
@@ -75,8 +75,8 @@ class RankDistributor(TorchDistributor):
         """The inherited method without its second of sleep, a tenth of a small run's start, for a server to start."""
         self._check_encryption()
         logs = LogServer()
-        self.driver_address = str(self.spark.conf.get("spark.driver.host"))
-        logs.start(str(self.spark.conf.get("spark.driver.bindAddress", self.driver_address)))
+        listens, self.driver_address = context.log_addresses(self.spark)
+        logs.start(listens)
         self.log_streaming_server_port = logs.port
         try:
             act = self._get_spark_task_function(
@@ -169,24 +169,23 @@ def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchErro
 
 
 def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: task.Job, verdict: Verdict) -> None:
-    """Run in a thread of its own: a driver thread that waits inside py4j cannot cancel (its gateway is busy)."""
-    context, group = spark.sparkContext, f"sparktrain-{job.run_id}-{job.generation}"
+    """Run in a thread of its own, so that this one can cancel it."""
+    jobs = context.Jobs(spark, f"sparktrain-{job.run_id}-{job.generation}", f"sparktrain ranks of {job.run_dir}")
     done, errors = threading.Event(), []
 
     def run() -> None:
         try:
-            context.setJobGroup(group, f"sparktrain ranks of {job.run_dir}", interruptOnCancel=True)
             distributor.run_ranks(job)
         except Exception as error:
             errors.append(error)
         finally:
             done.set()
 
-    InheritableThread(target=run, daemon=True).start()
+    jobs.start(run)
     try:
         while not done.wait(0.2):
             if verdict.is_ignored():
-                context.cancelJobGroup(group)
+                jobs.cancel()
     except BaseException:
         directory, deadline = RunDir(job.run_dir), time.monotonic() + job.grace
         with contextlib.suppress(OSError):
@@ -197,7 +196,7 @@ def _run_cancellable(spark: SparkSession, distributor: RankDistributor, job: tas
         ending = directory.has_outcome(job.generation)
         done.wait(1 if ending else 0)
         with contextlib.suppress(Exception):  # nor take a word; py4j's errors have no common type
-            context.cancelJobGroup(group)
+            jobs.cancel()
             done.wait(1 if ending else 10)
         raise
     if errors:

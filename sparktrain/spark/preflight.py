@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from sparktrain.config import Data, InnerLoop, RunConfig
 from sparktrain.errors import ConfigError, DataError, LaunchError
-from sparktrain.spark import sanity, task
+from sparktrain.spark import context, sanity, task
 from sparktrain.spark.scheduling import check_drivers_gpus, check_executors_settings, conf
 from sparktrain.tokens.sources import absolute
 
@@ -26,13 +26,13 @@ _REPLACEMENT_SECONDS = 20.0
 
 
 def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
-    """``config`` with every ``auto`` decided by this cluster and every path absolute.
+    """``config`` with every ``auto`` decided by this cluster, where a Connect client's ranks run, and paths absolute.
 
     Raises :class:`ConfigError` where the cluster cannot run so many ranks in that way.
     """
     mode = config.launch.mode
     if mode == "auto":
-        mode = "local" if is_local_master(spark) else "executors"
+        mode = "local" if is_local_master(spark) and not context.is_connect(spark) else "executors"
     if mode == "executors":
         check_executors_settings(spark)
         slots = count_slots(spark, config.launch.ranks)
@@ -45,7 +45,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
             )
     else:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        ranks = config.launch.ranks or spark.sparkContext.defaultParallelism
+        ranks = config.launch.ranks or context.parallelism(spark)
         threads = max(1, cores // ranks)
         check_drivers_gpus(spark, ranks)
         if config.launch.launcher == "direct" and ranks > 1:
@@ -172,14 +172,12 @@ def _program(settings: InnerLoop) -> dict[str, Any]:
 
 
 def count_slots(spark: SparkSession, wanted: int = 0) -> int:
-    """Barrier tasks the cluster can run at once, known to the JVM; fewer than ``wanted``, or 0, only after waiting for
-    executors to register."""
-    jvm = spark.sparkContext._jsc.sc()
-    profile = jvm.resourceProfileManager().defaultResourceProfile()
+    """Barrier tasks the cluster can run at once; fewer than ``wanted``, or 0, only after waiting for executors to
+    register."""
     expected = int(conf(spark, "spark.executor.instances", "1"))
     deadline = time.monotonic() + _REGISTRATION_SECONDS
     while True:
-        slots, executors = int(jvm.maxNumConcurrentTasks(profile)), int(jvm.getExecutorMemoryStatus().size()) - 1
+        slots, executors = context.slots_and_executors(spark)
         enough = slots >= wanted if wanted else slots and executors >= expected
         if enough or is_local_master(spark) or time.monotonic() > deadline:
             return slots

@@ -1,4 +1,4 @@
-"""What a user sees of a run that trains: one live line in a terminal, a bar in a notebook, a line at times in a log.
+"""What a user sees of a run: one live line in a terminal, bar and plot in a notebook, a line at times in a log file.
 
 It is made of the ranks' pulses, which the driver reads once a second. Ranks' own lines go on above a live line.
 """
@@ -18,6 +18,7 @@ from tqdm.std import tqdm as text_bar
 
 from sparktrain import pulse
 from sparktrain.beside import beside
+from sparktrain.errors import ConfigError
 from sparktrain.pulse import Stretch
 from sparktrain.rundir import RunDir
 
@@ -53,8 +54,14 @@ def _display(steps: int) -> Iterator[Callable[[Stretch], None]]:
     """Shows stretches where this process's standard error ends: a notebook, a terminal, or anywhere else."""
     columns = _columns()
     if issubclass(bar_here, tqdm_notebook):
-        with bar_here(total=steps, bar_format=_LINE.replace("{bar:12}", "{bar}")) as bar:
-            yield _mover(bar)
+        with bar_here(total=steps, bar_format=_LINE.replace("{bar:12}", "{bar}")) as bar, _plotter(steps) as plot:
+            move = _mover(bar)
+
+            def show(stretch: Stretch) -> None:
+                move(stretch)
+                plot(stretch)
+
+            yield show
     elif columns:
         # Ranks' lines, which come by standard error, are written above the live line.
         real = sys.stderr
@@ -65,6 +72,21 @@ def _display(steps: int) -> Iterator[Callable[[Stretch], None]]:
             yield _mover(bar)
     else:
         yield from _lines(steps)
+
+
+@contextlib.contextmanager
+def _plotter(steps: int) -> Iterator[Callable[[Stretch], None]]:
+    """Draws stretches below a notebook's bar, where there is matplotlib."""
+    try:
+        from sparktrain.report.live import LiveLoss
+    except ConfigError:
+        yield lambda stretch: None
+        return
+    live = LiveLoss(steps)
+    try:
+        yield lambda stretch: live.add(stretch.step, stretch.loss)
+    finally:
+        live.draw()
 
 
 def _lines(steps: int) -> Iterator[Callable[[Stretch], None]]:

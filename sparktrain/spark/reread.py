@@ -9,6 +9,7 @@ from pyspark.sql import DataFrame, SparkSession
 from sparktrain.config import Data
 from sparktrain.errors import DataError
 from sparktrain.plan import PlanSpec
+from sparktrain.spark.context import parallelism
 from sparktrain.tokens import Shard, TokenFile
 from sparktrain.tokens.opened import Opened
 from sparktrain.tokens.sequences import stack
@@ -27,7 +28,7 @@ def misread(spec: PlanSpec, data: Data, located: DataFrame) -> DataFrame:
 def changed(spark: SparkSession, spec: PlanSpec, data: Data) -> DataFrame:
     """``found``: a line for each shard whose sha256 is another than when the plan was made."""
     hashed = [number for number, shard in enumerate(spec.shards) if shard.sha256]
-    parts = min(len(hashed), 4 * spark.sparkContext.defaultParallelism)
+    parts = min(len(hashed), 4 * parallelism(spark))
     numbers = spark.createDataFrame(pa.table({"number": hashed})).repartition(parts)
     return numbers.mapInArrow(partial(_hash, data, spec.shards), "found string")
 

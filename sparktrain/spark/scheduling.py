@@ -3,6 +3,7 @@
 from pyspark.sql import SparkSession
 
 from sparktrain.errors import ConfigError
+from sparktrain.spark import context
 
 
 def check_executors_settings(spark: SparkSession) -> None:
@@ -36,8 +37,7 @@ def check_drivers_gpus(spark: SparkSession, ranks: int) -> None:
     amount = conf(spark, key, "0") or "0"
     if amount == "0":
         return
-    found = spark.sparkContext.resources.get("gpu")
-    if found is None:
+    if not context.drivers_gpus(spark):
         raise ConfigError(
             f"{key} is {amount}, but Spark found no GPU on the driver: set spark.driver.resource.gpu.discoveryScript, "
             f"or leave {key} out"

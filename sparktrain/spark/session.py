@@ -26,12 +26,14 @@ def session(name: str) -> Iterator[SparkSession]:
     """The active session, as in a notebook or on Databricks, which is left running; else a new one, stopped at the end.
 
     Master and settings are spark-submit's (or ``spark-defaults.conf``'s); none is set here, as it would override them.
+    With ``SPARK_REMOTE`` it is a Spark Connect client's, which needs no Java where the server is there already.
     """
     active = SparkSession.getActiveSession()
     if active is not None:
         yield active
         return
-    _check_java()
+    if not os.environ.get("SPARK_REMOTE", "").startswith("sc:"):
+        _check_java()
     if "PYSPARK_GATEWAY_PORT" in os.environ:
         follow_parent(signal.SIGTERM)  # spark-submit's JVM, without which nobody could stop us
     if SparkConf().get("spark.master", "local").startswith("local"):

@@ -23,6 +23,7 @@ from pyspark.sql import SparkSession
 from sparktrain.config import Section
 from sparktrain.errors import DataError
 from sparktrain.lock import hold
+from sparktrain.spark.context import sparks_own
 from sparktrain.tokens import corpus, directory, ds
 from sparktrain.tokens.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, load, train
 
@@ -57,14 +58,15 @@ def tokenize(spark: SparkSession, config: TokenizeConfig, partitions: int = 0) -
 
     Raises :class:`ConfigError` or :class:`DataError` with one line for what the user can mend.
     """
+    context = sparks_own(spark, "tokenizing", "use spark-submit jobs/tokenize.py, on any machine")
     output = config.output.resolve()
     directory.check_parent(output)
     with hold(output.with_name(f".{output.name}.LOCK"), f"output {output}"):
-        return _tokenize(spark, config, output, partitions)
+        return _tokenize(context, config, output, partitions)
 
 
-def _tokenize(spark: SparkSession, config: TokenizeConfig, output: Path, partitions: int) -> directory.TokenDir:
-    context, source = spark.sparkContext, str(config.input.resolve())
+def _tokenize(context: SparkContext, config: TokenizeConfig, output: Path, partitions: int) -> directory.TokenDir:
+    source = str(config.input.resolve())
     settings = _settings(config)
     brought = load(config.tokenizer) if config.tokenizer else None
     made = directory.find(output, settings, brought.sha256 if brought else None)

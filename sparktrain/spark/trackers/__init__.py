@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from sparktrain.config import RunConfig
@@ -83,12 +84,13 @@ class Tracking:
 
 
 @contextlib.contextmanager
-def together(names: Sequence[str], title: str) -> Iterator[None]:
-    """Runs inside belong together: with MLflow among the trackers ``names``, they are children of one run ``title``."""
+def together(names: Sequence[str], directory: Path) -> Iterator[None]:
+    """Runs inside belong together: with MLflow among the trackers ``names``, they are children of one run, which is
+    called as ``directory`` and gets the files that lie there when all has gone well."""
     with contextlib.ExitStack() as held:
         if "mlflow" in names:
             try:
-                held.enter_context(parent(title))
+                held.enter_context(parent(directory))
             except Exception as error:
                 warn("mlflow", error)
         yield

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 from sparktrain.config import RunConfig
@@ -20,6 +21,7 @@ from sparktrain.rundir import RunDir
 from sparktrain.spark.trackers.contract import CURVES
 
 _TAG = "sparktrain.run_id"
+_DIRECTORY = "sparktrain.directory"
 _SERVED_BY = "sparktrain.train.served"
 _PARAMETERS_AT_ONCE = 100
 # MLflow's own defaults ask a server that is away for four minutes.
@@ -100,15 +102,27 @@ class Mlflow:
 
 
 @contextlib.contextmanager
-def parent(title: str) -> Iterator[None]:
-    """An MLflow run of which runs inside are children."""
-    mlflow = _mlflow()
-    mlflow.start_run(run_name=title, nested=True)
+def parent(directory: Path) -> Iterator[None]:
+    """An MLflow run of which runs inside are children; what files ``directory`` has in the end are its artifacts. It is
+    the same run where the directory is there already and has had one."""
+    mlflow, here = _mlflow(), str(directory.absolute())
+    known = f'tags.`{_DIRECTORY}` = "{here}"'
+    before = mlflow.search_runs(filter_string=known, output_format="list") if directory.exists() else []
+    if before:
+        mlflow.start_run(run_id=before[0].info.run_id, nested=True)
+    else:
+        mlflow.start_run(run_name=directory.name, nested=True, tags={_DIRECTORY: here})
+    status = "FAILED"
     try:
         yield
+        status = "FINISHED"
+        with contextlib.suppress(mlflow.MlflowException):
+            for file in sorted(directory.glob("[!.]*.*")):
+                if file.is_file():
+                    mlflow.log_artifact(str(file))
     finally:
         with contextlib.suppress(mlflow.MlflowException):  # its server went away meanwhile: the runs do not mind
-            mlflow.end_run()
+            mlflow.end_run(status)
 
 
 def _mlflow() -> Any:
