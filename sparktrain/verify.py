@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -15,6 +14,7 @@ from sparktrain.errors import DataError, ModelError, SparktrainError
 from sparktrain.plan import Assignment, PlanSpec, rows
 from sparktrain.results import read_records
 from sparktrain.rundir import RunDir
+from sparktrain.storage import Place, dataset
 
 _ROWS = 1 << 16
 
@@ -22,7 +22,7 @@ _ROWS = 1 << 16
 class Verify(Section):
     """Check a run directory: the plan against its seed, checkpoints against their manifests, steps against both."""
 
-    run_dir: Path = Field()
+    run_dir: Place = Field()
     """Run directory."""
 
 
@@ -50,7 +50,7 @@ def _plan(directory: RunDir) -> str:
     spec = directory.plan_spec()
     if spec is None:
         raise DataError("plan: there is none, or plan.json cannot be read")
-    found = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
+    found = pads.dataset(**dataset(directory.plan), format="parquet", exclude_invalid_files=False)
     count, position = found.count_rows(), 0
     if count != spec.num_positions:
         raise DataError(f"plan: {count:,} rows, expected {spec.num_positions:,}")

@@ -16,6 +16,7 @@ from sparktrain.config import Section
 from sparktrain.errors import ConfigError
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
+from sparktrain.storage import Place
 
 _PAGE = Template(
     """<!DOCTYPE html>
@@ -52,7 +53,7 @@ $body
 class Report(Section):
     """Write a page about a finished run."""
 
-    run_dir: Path = Field()
+    run_dir: Place = Field()
     """Run directory; the page is its report.html."""
 
 

@@ -1,6 +1,5 @@
 """Executors write down what each microshard's bytes are, before anything is trained on (``digests.py``)."""
 
-import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
+from sparktrain import storage
 from sparktrain.atomic import write
 from sparktrain.config import Data
 from sparktrain.digests import file_of
@@ -21,7 +21,7 @@ from sparktrain.tokens.sources import is_local, reach
 def write_digests(spark: SparkSession, spec: PlanSpec, data: Data, directory: Path) -> None:
     """Digests of all shards that are local or come through a cache, into ``directory``, one task per shard. Raises
     :class:`DataError` for one that cannot be read."""
-    shutil.rmtree(directory, ignore_errors=True)
+    storage.remove(directory)
     directory.mkdir()
     at_hand = [n for n, s in enumerate(spec.shards) if is_local(s.path) or (data.cache_dir and s.sha256)]
     if not at_hand or data.pipeline != "sharded":

@@ -4,7 +4,6 @@ The numbers are those of ``plan``, computed in SQL (``ordering.py``): a map-only
 output is in step order without a shuffle or a sort.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -14,11 +13,13 @@ import numpy as np
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from sparktrain import storage
 from sparktrain.config import RunConfig, Skip
 from sparktrain.errors import ConfigError, DataError
 from sparktrain.plan import PlanSpec, Source, psyche, skip, slots_of, stride_of
 from sparktrain.plan.mixture import normalised
 from sparktrain.rundir import RunDir
+from sparktrain.spark import stored
 from sparktrain.spark.ordering import microshards
 from sparktrain.tokens import Shard
 
@@ -117,7 +118,7 @@ def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
     if directory.plan_spec() == spec:
         return
     (directory.path / "plan.json").unlink(missing_ok=True)
-    plan_frame(spark, spec).write.mode("overwrite").parquet(f"file://{directory.plan}")
+    stored.write(plan_frame(spark, spec), directory.plan)
     directory.write_plan_spec(spec)
 
 
@@ -136,7 +137,8 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int, weigh
             f"world_size is {world_size}: expected 1 to train.total_batch {spec.smallest_batch} (the least of its ramp)"
         )
     by_step = [(stretch.first_step, _rank(world_size, stretch.batch, weights)) for stretch in spec.stretches]
-    return spark.read.parquet(literal(directory.plan)).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
+    files = [directory.plan] if storage.is_local(directory.plan) else sorted(directory.plan.glob("*.parquet"))
+    return stored.read(spark, files).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
 
 
 def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
@@ -145,11 +147,6 @@ def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
         return F.expr(f"cast(((slot + 1) * {world} - 1) div {batch} as int)")
     firsts = [(slots_of(rank, world, batch, weights)[0], F.lit(rank)) for rank in range(world)]
     return _piecewise(F.col("slot"), firsts)
-
-
-def literal(path: Path) -> str:
-    """``path`` for Spark's readers, which take ``[1]`` for a pattern; they do not know percent-encoding."""
-    return "file://" + re.sub(r"([][{}*?\\])", r"\\\1", str(path))
 
 
 def _step_and_slot(spec: PlanSpec) -> tuple[Column, Column]:
