@@ -4,8 +4,8 @@ from pydantic_settings import CliImplicitFlag
 
 from sparktrain import cli
 from sparktrain.config import RunConfig
+from sparktrain.config.place import Place
 from sparktrain.spark import audit, driver, session
-from sparktrain.storage import Place
 
 
 class PlanJob(RunConfig):

@@ -16,11 +16,11 @@ from pydantic import Field
 
 from sparktrain.config import Data, Section
 from sparktrain.config.data import Places
+from sparktrain.config.place import Place
 from sparktrain.config.section import WholeNumber
 from sparktrain.errors import DataError
 from sparktrain.plan import count_microshards, slots_of, windows_at
 from sparktrain.plan.shuffle import permute, round_keys
-from sparktrain.storage import Place
 from sparktrain.tokens.shard import Shard
 
 

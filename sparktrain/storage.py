@@ -12,11 +12,9 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import PlainSerializer, WrapValidator
+from typing import Any
 
 # Drivers that can make an object exclusively (pipe_file with mode="create"): without it a run directory could have two
 # owners.
@@ -38,8 +36,8 @@ def place(where: str | Path) -> Path:
     scheme, _, rest = where.partition("://")
     if scheme not in PACKAGES:
         raise Unusable(
-            f"{where} has the scheme {scheme}://, which cannot be locked: give s3://, gs://, abfs:// or a directory that "
-            "driver and executors share"
+            f"{where} has the scheme {scheme}://, which cannot be locked: give s3://, gs://, abfs:// or a directory "
+            "that driver and executors share"
         )
     bucket = rest.partition("/")[0]
     if not bucket or not rest.strip("/").partition("/")[2]:
@@ -58,16 +56,6 @@ def place(where: str | Path) -> Path:
         package = {"upath": "universal_pathlib"}.get(missing.partition(".")[0], PACKAGES[scheme])
         raise Unusable(f"{where} needs the Python package {package}: pip install {package} on all machines") from None
     return found  # type: ignore[no-any-return]
-
-
-def _parsed(value: Any, parse: Callable[[Any], Path]) -> Path:
-    if isinstance(value, Path) or (isinstance(value, str) and "://" not in value):
-        return parse(value)
-    return place(value)
-
-
-# A setting that may be either.
-Place = Annotated[Path, WrapValidator(_parsed), PlainSerializer(str, when_used="json")]
 
 
 def is_local(path: Path) -> bool:

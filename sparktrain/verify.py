@@ -10,11 +10,12 @@ from pydantic import Field
 from sparktrain import receipts
 from sparktrain.checkpoints import Manifest, sha256_of
 from sparktrain.config import Section
+from sparktrain.config.place import Place
 from sparktrain.errors import DataError, ModelError, SparktrainError
 from sparktrain.plan import Assignment, PlanSpec, rows
 from sparktrain.results import read_records
 from sparktrain.rundir import RunDir
-from sparktrain.storage import Place, dataset
+from sparktrain.storage import dataset
 
 _ROWS = 1 << 16
 

@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparktrain.config.data import Data
 from sparktrain.config.inner_loop import InnerLoop
+from sparktrain.config.place import Place
 from sparktrain.config.section import Section
 from sparktrain.config.strategies import AdamW, Diloco, Optimizer, Sparseloco, Strategy
-from sparktrain.storage import Place
 
 
 def _directory(value: Any) -> Any:

@@ -13,10 +13,10 @@ from pydantic import Field
 from sparktrain import __version__
 from sparktrain.atomic import write
 from sparktrain.config import Section
+from sparktrain.config.place import Place
 from sparktrain.errors import ConfigError
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
-from sparktrain.storage import Place
 
 _PAGE = Template(
     """<!DOCTYPE html>

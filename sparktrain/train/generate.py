@@ -10,8 +10,8 @@ from transformers import TextIteratorStreamer
 
 from sparktrain import storage, trained
 from sparktrain.config import Section
+from sparktrain.config.place import Place
 from sparktrain.errors import ConfigError, ModelError
-from sparktrain.storage import Place
 from sparktrain.train import models
 from sparktrain.train.pretrained import load_tokenizer
 
