@@ -96,8 +96,10 @@ def hold(file: Path, what: str, tell: Callable[[str], None] = lambda why: None) 
                 f"wait for it or choose another; if that process is gone, remove {file}"
             )
         else:
-            _check_gone(file, what, holder, owner)
-            _bury(file, holder)
+            silent = _check_gone(file, what, holder, owner)
+            if _bury(file, holder) and silent:
+                since = f"which has not renewed its lock for {silent:.0f} s"
+                print(f"{what} was in use by {_who(holder)}, {since}: taken over", flush=True)
     held = Held(file, what, owner, tell)
     try:
         with beside("lock", held.keep):
@@ -106,22 +108,27 @@ def hold(file: Path, what: str, tell: Callable[[str], None] = lambda why: None) 
         held.release()
 
 
-def _check_gone(file: Path, what: str, holder: Owner, owner: Owner) -> None:
-    who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+def _who(holder: Owner) -> str:
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+
+
+def _check_gone(file: Path, what: str, holder: Owner, owner: Owner) -> float:
+    """Raises :class:`RunDirBusy` where ``holder`` may live; for how long one of another machine has been silent."""
+    who = _who(holder)
     if holder["host"] == owner["host"]:
         if _alive(int(holder["pid"])):
             raise RunDirBusy(f"{what} is in use by {who}: wait for it or choose another")
-        return
+        return 0.0
     try:
         silent = _silent_seconds(file, holder)
     except FileNotFoundError:  # just released
-        return
+        return 0.0
     if silent < STALE_SECONDS:
         raise RunDirBusy(
             f"{what} is in use by {who}, which renewed its lock {max(0.0, silent):.0f} s ago: wait for it or choose "
             f"another; one that is gone is taken over after {STALE_SECONDS:.0f} s"
         )
-    print(f"{what} was in use by {who}, which has not renewed its lock for {silent:.0f} s: taken over", flush=True)
+    return silent
 
 
 def _create(file: Path, content: str) -> None:
@@ -162,20 +169,22 @@ def _silent_seconds(file: Path, holder: Owner) -> float:
     return storage.clock(file.parent) - (beat if beat.exists() else file).stat().st_mtime
 
 
-def _bury(file: Path, holder: Owner) -> None:
-    """Remove the lock of a process that is gone; not one that took its place meanwhile."""
+def _bury(file: Path, holder: Owner) -> bool:
+    """Remove the lock of a process that is gone; not one that took its place meanwhile, or is removed by another."""
     if not storage.is_local(file):
-        _bury_object(file, holder)
-        return
+        return _bury_object(file, holder)
     grave = file.with_name(f".LOCK.{uuid.uuid4().hex}.tmp")
     with contextlib.suppress(FileNotFoundError):
         file.rename(grave)
-        if _read_lock(grave) != holder:
+        if found := _read_lock(grave) == holder:
+            grave.unlink(missing_ok=True)
+        else:
             grave.rename(file)
-        grave.unlink(missing_ok=True)
+        return found
+    return False
 
 
-def _bury_object(file: Path, holder: Owner) -> None:
+def _bury_object(file: Path, holder: Owner) -> bool:
     """Of those who found a lock old, the one that makes this object removes it."""
     claim = file.with_name(f"{file.name}.{holder.get('token', '')}.taken")
     try:
@@ -185,11 +194,12 @@ def _bury_object(file: Path, holder: Owner) -> None:
             if storage.clock(file.parent) - claim.stat().st_mtime > STALE_SECONDS:  # who made it is gone, too
                 claim.unlink(missing_ok=True)
         time.sleep(0.2)
-        return
+        return False
     try:
-        if _read_lock(file) == holder:
+        if found := _read_lock(file) == holder:
             file.unlink(missing_ok=True)
             _beat(file, holder).unlink(missing_ok=True)
+        return found
     finally:
         claim.unlink(missing_ok=True)
 

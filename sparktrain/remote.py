@@ -127,11 +127,13 @@ class Remote(ProxyUPath):
         try:
             with _said(self):
                 self.fs.pipe_file(self.path, content, mode="create")
-        except OSError:
+        except OSError as error:
             # Drivers ask again where an answer was lost: then it may be what we made ourselves that is in the way.
-            if not self.exists():
-                raise
-            if self.read_bytes() != content:
+            try:
+                found = self.read_bytes()
+            except OSError:  # nothing, or gone again
+                raise error from None
+            if found != content:
                 raise FileExistsError(errno.EEXIST, "it is there", str(self)) from None
 
     def copy_to(self, new: "Remote") -> None:

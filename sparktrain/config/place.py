@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, WrapValidator
+from pydantic import PlainSerializer, SerializationInfo, WrapValidator
 
 
 def _parsed(value: Any, parse: Callable[[Any], Path]) -> Path:
@@ -15,4 +15,8 @@ def _parsed(value: Any, parse: Callable[[Any], Path]) -> Path:
     return place(value)
 
 
-Place = Annotated[Path, WrapValidator(_parsed), PlainSerializer(str, when_used="json")]
+def _said(value: Path, info: SerializationInfo) -> str | Path:
+    return str(value) if info.mode == "json" else value
+
+
+Place = Annotated[Path, WrapValidator(_parsed), PlainSerializer(_said)]
