@@ -124,22 +124,26 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModelError(f"checkpoint {name} of {self.run_dir} has no readable manifest: {error}") from None
 
-    def newest(self) -> tuple[Manifest | None, list[str]]:
-        """The newest checkpoint all of whose parts are whole, and what is wrong with each newer one.
+    def check_own(self, manifest: Manifest) -> None:
+        """Raises :class:`ModelError` for a checkpoint of another run."""
+        name, run, own = manifest.name, manifest.run_id, self.run_id()
+        if own and run not in ("", own):
+            raise ModelError(
+                f"checkpoint {name} of {self.run_dir} is of another run, {run}, this one is {own}: take it out, with its "
+                "manifest"
+            )
 
-        Raises :class:`ModelError` for one of another run."""
-        damages, own = [], self.run_id()
+    def newest(self) -> tuple[Manifest | None, list[str]]:
+        """The newest checkpoint all of whose parts are whole, and what is wrong with each newer one. Raises
+        :class:`ModelError` for one of another run."""
+        damages = []
         for name in self.names():
             try:
                 manifest = self.read(name)
             except ModelError as error:
                 damages.append(str(error))
                 continue
-            if own and manifest.run_id not in ("", own):
-                raise ModelError(
-                    f"checkpoint {name} of {self.run_dir} is of another run, {manifest.run_id}, this one is {own}: "
-                    f"take {self._manifest(name)} and its directory out"
-                )
+            self.check_own(manifest)
             damage = self.damage(manifest)
             if damage is None:
                 return manifest, damages

@@ -73,9 +73,12 @@ def _compare(spec: PlanSpec, found: pads.Dataset, begin: int, end: int) -> None:
 
 def _checkpoints(directory: RunDir) -> str:
     """Every checkpoint that is kept is whole."""
-    whole = 0
+    whole, spec = 0, directory.plan_spec()
     for name in directory.checkpoints.names():
         manifest = directory.checkpoints.read(name)
+        directory.checkpoints.check_own(manifest)
+        if spec and manifest.step > spec.steps:
+            raise ModelError(f"checkpoint {name} is of step {manifest.step}, the plan ends at step {spec.steps}")
         if damage := directory.checkpoints.damage(manifest):
             raise ModelError(f"checkpoint {name}: {damage}")
         whole += 1

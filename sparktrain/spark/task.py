@@ -62,11 +62,11 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
     nodes = 1 if local else int(input_params["num_tasks"])
     per_node = int(input_params["num_processes"]) // nodes
     node = 0 if local else int(os.environ["NODE_RANK"])
-    remote = "://" in job.run_dir
-    if remote:
-        sys.path[:] = _import_path(job.import_path)
     environment = _environment(job, "127.0.0.1" if local else os.environ["MASTER_ADDR"])
-    log_dir = tempfile.mkdtemp(prefix="sparktrain-") if remote else job.log_dir
+    work = _work_dir(job)
+    if work:
+        environment["TMPDIR"] = work
+    log_dir = os.path.join(work, "logs") if work else job.log_dir
     meeting = ""
     if job.launcher == "direct":
         environment |= {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes)}
@@ -92,8 +92,8 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
         stop(child, job.grace)
         with suppress(OSError):
             os.unlink(meeting)
-        if remote:
-            _upload(log_dir, job.log_dir)
+        if work:
+            _upload(work, job.log_dir)
     if child.returncode != 0:
         _write_exit(job, node, child.returncode, tail)
         raise RuntimeError(f"ranks of task {node} on {socket.gethostname()} ended with status {child.returncode}")
@@ -159,13 +159,23 @@ def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]
     return [line for tail in tails.values() for line in tail]
 
 
-def _upload(log_dir: str, uri: str) -> None:
-    """Bring a task's logs to the run's, and remove them here. One that is killed leaves its logs where they are."""
+def _work_dir(job: Job) -> str:
+    """A directory on this machine's disk for what torchrun and ranks leave, where the run's is in an object store;
+    empty where it is not. Spark removes what a task that it kills leaves there."""
+    if "://" not in job.run_dir:
+        return ""
+    sys.path[:] = _import_path(job.import_path)
+    spark_dir = os.environ.get("SPARK_LOCAL_DIRS", "").partition(",")[0]
+    return tempfile.mkdtemp(prefix="sparktrain-", dir=spark_dir or None)
+
+
+def _upload(work: str, uri: str) -> None:
+    """Bring a task's logs to the run's. Those of a task that Spark kills are lost; the driver has had their lines."""
     from sparktrain.storage import place, room
 
     with suppress(OSError), room(place(uri)) as here:
-        shutil.copytree(log_dir, here, dirs_exist_ok=True)
-    shutil.rmtree(log_dir, ignore_errors=True)
+        shutil.copytree(os.path.join(work, "logs"), here, dirs_exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
