@@ -128,10 +128,8 @@ class Checkpoints:
         """Raises :class:`ModelError` for a checkpoint of another run."""
         name, run, own = manifest.name, manifest.run_id, self.run_id()
         if own and run not in ("", own):
-            raise ModelError(
-                f"checkpoint {name} of {self.run_dir} is of another run, {run}, this one is {own}: take it out, with its "
-                "manifest"
-            )
+            where = f"checkpoint {name} of {self.run_dir}"
+            raise ModelError(f"{where} is of another run, {run}, this one is {own}: take it and its manifest out")
 
     def newest(self) -> tuple[Manifest | None, list[str]]:
         """The newest checkpoint all of whose parts are whole, and what is wrong with each newer one. Raises
