@@ -15,7 +15,7 @@ def _parsed(value: Any, parse: Callable[[Any], Path]) -> Path:
     return place(value)
 
 
-def _said(value: Path, info: SerializationInfo) -> str | Path:
+def _said(value: Path, info: SerializationInfo) -> Any:
     return str(value) if info.mode == "json" else value
 
 

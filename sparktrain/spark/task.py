@@ -64,8 +64,7 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
     node = 0 if local else int(os.environ["NODE_RANK"])
     environment = _environment(job, "127.0.0.1" if local else os.environ["MASTER_ADDR"])
     work = _work_dir(job)
-    if work:
-        environment["TMPDIR"] = work
+    environment |= {"TMPDIR": work} if work else {}
     log_dir = os.path.join(work, "logs") if work else job.log_dir
     meeting = ""
     if job.launcher == "direct":
@@ -183,13 +182,8 @@ def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
     from sparktrain.redaction import hidden
     from sparktrain.rundir import RunDir
 
-    exit_ = {
-        "node": node,
-        "host": socket.gethostname(),
-        "launcher": job.launcher,
-        "status": status,
-        "tail": [hidden(line) for line in tail],
-    }
+    where = {"node": node, "host": socket.gethostname(), "launcher": job.launcher}
+    exit_ = where | {"status": status, "tail": [hidden(line) for line in tail]}
     RunDir(job.run_dir).write_exit(job.generation, exit_)
 
 
@@ -204,9 +198,9 @@ def probe(
     sys.path[:] = _import_path(import_path)
     report["packages"] = {name: _version(name) for name in _PACKAGES}
     report["unreadable"] = [path for path in paths if not os.access(path, os.R_OK)]
-    from sparktrain.storage import place
-
     try:
+        from sparktrain.storage import place
+
         (place(run_dir) / f".probe-{node}").write_text(str(time.time()))
         report["unwritable"] = ""
     except OSError as error:
