@@ -1,18 +1,17 @@
 """spark-submit jobs/plan.py CONFIG.toml [--section.key value ...], or --audit RUN_DIR: plan a run, audit a run."""
 
-from pathlib import Path
-
 from pydantic_settings import CliImplicitFlag
 
 from sparktrain import cli
 from sparktrain.config import RunConfig
+from sparktrain.config.place import Place
 from sparktrain.spark import audit, driver, session
 
 
 class PlanJob(RunConfig):
     """Write the plan of a run and train nothing, or audit a run: plan, receipts, checkpoints and shards must agree."""
 
-    audit: Path | None = None
+    audit: Place | None = None
     """Run directory to audit."""
     reread: CliImplicitFlag[bool] = True
     """Audit: read what was trained on again, and compare its bytes."""

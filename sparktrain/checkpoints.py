@@ -6,6 +6,8 @@
     checkpoints/000000100-g000003.json   manifest: sha256 and size of every part; without it there is no checkpoint
     checkpoints/000000100-g000003.pin    made by hand: never remove this one
 
+    checkpoints/000000100-g000003.gone   in an object store: its parts are being removed
+
 A name holds the step and the attempt, so none is written twice. Manifests stay when their parts are removed: the
 chain of their parents is the run's history, and says which attempt's steps count.
 """
@@ -14,16 +16,14 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparktrain import failpoints
-from sparktrain.atomic import sync_directory, write_json
+from sparktrain import failpoints, storage
+from sparktrain.atomic import read_json, sync_directory, write, write_json
 from sparktrain.errors import LaunchError, ModelError
 
 
@@ -45,6 +45,7 @@ class Manifest:
         world: ranks that wrote it.
         parts: by path below the run directory.
         values: plain values that the run goes on with.
+        run_id: of the run that wrote it; empty where that was not said.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Manifest:
     world: int
     parts: dict[str, Part]
     values: dict[str, Any]
+    run_id: str = ""
 
 
 class Checkpoints:
@@ -70,7 +72,11 @@ class Checkpoints:
         """Write one part; where checkpoint ``like`` has the same content under the same name, link it instead."""
         part = Part(hashlib.sha256(content).hexdigest(), len(content))
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not (like and self._linked(file, part, like)):
+        if like and self._linked(file, part, like):
+            return {str(file.relative_to(self.run_dir)): part}
+        if not storage.is_local(file):
+            write(file, content)
+        else:
             with open(file, "wb") as out:
                 out.write(content)
                 out.flush()
@@ -89,7 +95,7 @@ class Checkpoints:
             while not seal.exists():
                 if time.monotonic() > deadline:
                     raise LaunchError(f"checkpoint {manifest.name}: rank {rank} did not write its part in {seconds} s")
-                time.sleep(0.01)
+                time.sleep(0.01 if storage.is_local(seal) else 0.2)
             parts |= {path: Part(**part) for path, part in json.loads(seal.read_text()).items()}
         for path, part in parts.items():
             if (found := (self.run_dir / path).stat().st_size) != part.num_bytes:
@@ -104,6 +110,12 @@ class Checkpoints:
             seal.unlink()
         return complete
 
+    def run_id(self) -> str:
+        """Of the run that these are of; empty where it has none."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(read_json(self.run_dir / "run.json")["run_id"])
+        return ""
+
     def read(self, name: str) -> Manifest:
         """The manifest of ``name``. Raises :class:`ModelError` where there is none or it cannot be read."""
         try:
@@ -112,8 +124,16 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModelError(f"checkpoint {name} of {self.run_dir} has no readable manifest: {error}") from None
 
+    def check_own(self, manifest: Manifest) -> None:
+        """Raises :class:`ModelError` for a checkpoint of another run."""
+        name, run, own = manifest.name, manifest.run_id, self.run_id()
+        if own and run not in ("", own):
+            where = f"checkpoint {name} of {self.run_dir}"
+            raise ModelError(f"{where} is of another run, {run}, this one is {own}: take it and its manifest out")
+
     def newest(self) -> tuple[Manifest | None, list[str]]:
-        """The newest checkpoint all of whose parts are whole, and what is wrong with each newer one."""
+        """The newest checkpoint all of whose parts are whole, and what is wrong with each newer one. Raises
+        :class:`ModelError` for one of another run."""
         damages = []
         for name in self.names():
             try:
@@ -121,6 +141,7 @@ class Checkpoints:
             except ModelError as error:
                 damages.append(str(error))
                 continue
+            self.check_own(manifest)
             damage = self.damage(manifest)
             if damage is None:
                 return manifest, damages
@@ -164,15 +185,19 @@ class Checkpoints:
     def sweep(self) -> None:
         """Remove what was begun and never committed. Only at the start of an attempt, which is the only writer."""
         known = set(self.names())
-        for directory in self.path.glob("*/"):
-            if directory.name not in known:
-                self._remove(directory.name)
-        for seal in self.path.glob("*/.rank-*.json"):  # of one that was committed and then killed
-            seal.unlink()
+        for name, is_directory in storage.entries(self.path).items():
+            if is_directory and name not in known:
+                self._remove(name)
+        for name in known:  # of one that was committed and then killed
+            for file in storage.entries(self.directory(name)):
+                if file.startswith(".rank-") and file.endswith(".json"):
+                    (self.directory(name) / file).unlink()
 
     def names(self) -> list[str]:
         """Checkpoints with a manifest and parts, newest first."""
-        names = [file.stem for file in self.path.glob("*-g*.json") if (self.path / file.stem).is_dir()]
+        inside = storage.entries(self.path)
+        manifests = [name.removesuffix(".json") for name in inside if "-g" in name and name.endswith(".json")]
+        names = [name for name in manifests if inside.get(name) and f"{name}.gone" not in inside]
         return sorted(names, key=lambda name: (_generation_of(name), _step_of(name)), reverse=True)
 
     def _manifest(self, name: str) -> Path:
@@ -182,17 +207,14 @@ class Checkpoints:
         return self.directory(name) / f".rank-{rank:05d}.json"
 
     def _remove(self, name: str) -> None:
-        grave = self.path / f".removed-{uuid.uuid4().hex}"
-        with contextlib.suppress(FileNotFoundError):
-            self.directory(name).rename(grave)  # at once: nobody sees a checkpoint that is half removed
-            shutil.rmtree(grave, ignore_errors=True)
+        storage.discard(self.directory(name))  # at once: nobody sees a checkpoint that is half removed
 
     def _linked(self, file: Path, part: Part, like: Manifest) -> bool:
         same = self.directory(like.name) / file.name
         if like.parts.get(str(same.relative_to(self.run_dir))) != part:
             return False
         with contextlib.suppress(OSError):  # removed meanwhile, or a file system without links
-            file.hardlink_to(same)
+            storage.copy(same, file)
             return True
         return False
 
@@ -203,17 +225,19 @@ def name_of(step: int, generation: int) -> str:
 
 def sha256_of(file: Path) -> str:
     """Hex digest of a file's content."""
-    with open(file, "rb") as content:
+    with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def parts_of(run_dir: Path, files: Iterable[Path]) -> dict[str, Part]:
-    """Files that somebody else has written, as parts; brought to disk."""
+def parts_of(run_dir: Path, files: Iterable[Path], below: str = "") -> dict[str, Part]:
+    """Files that somebody else has written, as parts; brought to disk. ``below``: where they will be in the run
+    directory, if not there already."""
     parts = {}
     for file in files:
-        with open(file, "rb") as content:
-            os.fsync(content.fileno())
-        parts[str(file.relative_to(run_dir))] = Part(sha256_of(file), file.stat().st_size)
+        if storage.is_local(file):
+            with open(file, "rb") as content:
+                os.fsync(content.fileno())
+        parts[f"{below}{file.relative_to(run_dir)}"] = Part(sha256_of(file), file.stat().st_size)
     return parts
 
 

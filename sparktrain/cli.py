@@ -80,10 +80,12 @@ def main(job: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         print(f"error: {hidden(' '.join(str(error).split()))}", file=sys.stderr)
         code = error.exit_code
     except OSError as error:
-        if error.errno not in _DISK or debug:
-            raise
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror}{where}: make room or mend the file system, then run it again", file=sys.stderr)
+        remote = "://" in where
+        if (error.errno not in _DISK and not remote) or debug:
+            raise
+        mend = "check its address and credentials" if remote else "make room or mend the file system"
+        print(f"error: {error.strerror}{where}: {mend}, then run it again", file=sys.stderr)
         code = LaunchError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

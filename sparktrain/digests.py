@@ -45,7 +45,7 @@ class Digests:
         file = file_of(self._directory, number)
         if not file.exists():
             return None
-        known = np.fromfile(file, dtype="<u4")
+        known = np.frombuffer(file.read_bytes(), dtype="<u4")
         if len(known) != end - first:
             raise DataError(
                 f"{file} has {len(known)} digests, expected {end - first} of {path}: it was changed; remove it, and "

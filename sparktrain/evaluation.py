@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from pydantic import Field
 
 from sparktrain.config import Data, Section
 from sparktrain.config.data import Places
+from sparktrain.config.place import Place
 from sparktrain.config.section import WholeNumber
 from sparktrain.errors import DataError
 from sparktrain.plan import count_microshards, slots_of, windows_at
@@ -27,7 +27,7 @@ from sparktrain.tokens.shard import Shard
 class Evaluate(Section):
     """Measure the loss of a run, a checkpoint or a model directory on a split."""
 
-    model: Path
+    model: Place
     """Run directory (of a run that is not finished: its newest checkpoint), checkpoint, or Hugging Face directory."""
     data: Places | None = None
     """The split: directory, file or URI with token shards, or several, as a run's data.path; none: the data.heldout of
@@ -53,7 +53,7 @@ class Evaluate(Section):
 class Work(Section):
     """What every process is told, through the door, as JSON: all that is measured, and which of ``world`` it is."""
 
-    model: Path
+    model: Place
     data: Data
     shards: tuple[Shard, ...]
     sequences: int

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sparktrain.atomic import show
 from sparktrain.beside import beside
 from sparktrain.results import StepRecord
 
@@ -64,9 +65,7 @@ def beating(path: Path, rank: int) -> Iterator[list[StepRecord]]:
             if new:
                 seen, pulse = seen + len(new), pulse.after(new)
                 with contextlib.suppress(OSError):  # a full disk is for checkpoints to tell
-                    temporary = path.with_suffix(".tmp")
-                    temporary.write_text(json.dumps(asdict(pulse)))
-                    temporary.replace(path)
+                    show(path, json.dumps(asdict(pulse)))
 
     with beside("pulse", beat):
         yield records

@@ -26,7 +26,9 @@
     result.json          driver   the summary; written last, so a run without it is not finished
     report.html          anyone   a page about it (report/page.py)
 
-Single files are written under a temporary name and renamed, so that no reader ever sees half of one.
+Single files are written under a temporary name and renamed, so that no reader ever sees half of one. In an object
+store (``storage.py``) they are objects, which are whole or not there; an attempt's number is taken by making its object
+``begun``, and ``LOCK.*.beat`` says that the owner lives.
 """
 
 import contextlib
@@ -36,12 +38,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sparktrain import storage
 from sparktrain.atomic import read_json, write_json, write_table
 from sparktrain.checkpoints import Checkpoints
 from sparktrain.config import RunConfig
 from sparktrain.config.section import differences
 from sparktrain.errors import ConfigError
-from sparktrain.lock import hold
+from sparktrain.lock import Held, hold
 from sparktrain.plan import PlanSpec
 from sparktrain.results import Asked, RankResult, RunResult, read_records
 from sparktrain.results.attempts import Attempts
@@ -58,7 +61,12 @@ class RunDir(Attempts):
     """The run directory at ``path``. Making the object touches nothing."""
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(Path(path).absolute())
+        try:
+            super().__init__(storage.place(path))
+        except storage.Unusable as error:
+            raise ConfigError(f"run.dir {error}") from None
+        self._held: Held | None = None
+        self._attempt = 0
         self.plan = self.path / "plan"
         self.digests = self.path / "digests"
         self.model = self.path / "model"
@@ -107,7 +115,7 @@ class RunDir(Attempts):
         found = list(self.path.iterdir()) if self.path.is_dir() else []
         # What a start that was killed before it wrote run.json may leave.
         ours = [p for p in found if p.name.startswith(".probe-") or (p.name.startswith(".") and p.suffix == ".tmp")]
-        if any(p.name != "LOCK" and p not in ours for p in found):
+        if any(not p.name.startswith("LOCK") and p not in ours for p in found):
             raise ConfigError(f"run.dir {self.path} is not empty and holds no sparktrain run: choose another run.dir")
         for leftover in ours:
             leftover.unlink(missing_ok=True)
@@ -117,18 +125,29 @@ class RunDir(Attempts):
         """Hold the run directory for one writer; raises :class:`sparktrain.errors.RunDirBusy` naming the holder."""
         self._make()
         try:
-            with hold(self.path / "LOCK", f"run.dir {self.path}"):
+            with hold(self.path / "LOCK", f"run.dir {self.path}", self._lost) as self._held:
                 yield
         finally:
+            self._held = None
             with contextlib.suppress(OSError):
                 self.path.rmdir()  # where nothing was written, nothing is left
+
+    def check_owner(self) -> None:
+        """Raises :class:`sparktrain.errors.Superseded` where another process took over what this one had locked."""
+        if self._held:
+            self._held.check()
+
+    def _lost(self, why: str) -> None:
+        if self._attempt:
+            with contextlib.suppress(OSError):
+                self.end(self._attempt, why)
 
     def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.dir {self.path} cannot be made: {error.strerror}; choose another run.dir") from None
-        if not os.access(self.path, os.W_OK):
+        if storage.is_local(self.path) and not os.access(self.path, os.W_OK):
             raise ConfigError(
                 f"run.dir {self.path} cannot be written: change its permissions or choose another run.dir"
             )
@@ -138,21 +157,25 @@ class RunDir(Attempts):
         return self.path / name
 
     def new_generation(self) -> int:
-        """Start an attempt: the first free number, taken by a mkdir that only one caller can win."""
+        """Start an attempt: the first free number, taken in a way that only one caller can win."""
+        self.check_owner()
         for name in (SAVE, STOP):
             self.request_path(name).unlink(missing_ok=True)
         number = self.latest_generation() + 1
         while True:
             try:
-                self.generation(number).mkdir(parents=True)
+                storage.claim(self.generation(number))
+                self._attempt = number
                 return number
             except FileExistsError:
                 number += 1
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
+        self.check_owner()
         write_json(self.path / "plan.json", spec.to_json())
 
     def write_result(self, result: RunResult) -> None:
+        self.check_owner()
         write_table(self.path / "metrics.parquet", result.rank_table)
         write_table(self.path / "windows.parquet", result.windows)
         write_json(self.path / "result.json", result.summary())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparktrain import storage
 from sparktrain.errors import ModelError
 from sparktrain.rundir import RunDir, is_run
 
@@ -21,7 +22,7 @@ def find(path: Path) -> Trained:
 
     Raises :class:`ModelError` where there is none, and for a checkpoint that is not whole.
     """
-    path = path.absolute()
+    path = storage.place(path)
     if is_run(path):
         return Trained(_of_run(RunDir(path)), RunDir(path))
     above = next((parent for parent in path.parents[:2] if is_run(parent)), None)

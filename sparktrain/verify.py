@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -11,10 +10,12 @@ from pydantic import Field
 from sparktrain import receipts
 from sparktrain.checkpoints import Manifest, sha256_of
 from sparktrain.config import Section
+from sparktrain.config.place import Place
 from sparktrain.errors import DataError, ModelError, SparktrainError
 from sparktrain.plan import Assignment, PlanSpec, rows
 from sparktrain.results import read_records
 from sparktrain.rundir import RunDir
+from sparktrain.storage import dataset
 
 _ROWS = 1 << 16
 
@@ -22,7 +23,7 @@ _ROWS = 1 << 16
 class Verify(Section):
     """Check a run directory: the plan against its seed, checkpoints against their manifests, steps against both."""
 
-    run_dir: Path = Field()
+    run_dir: Place = Field()
     """Run directory."""
 
 
@@ -50,7 +51,7 @@ def _plan(directory: RunDir) -> str:
     spec = directory.plan_spec()
     if spec is None:
         raise DataError("plan: there is none, or plan.json cannot be read")
-    found = pads.dataset(directory.plan, format="parquet", exclude_invalid_files=False)
+    found = pads.dataset(**dataset(directory.plan), format="parquet", exclude_invalid_files=False)
     count, position = found.count_rows(), 0
     if count != spec.num_positions:
         raise DataError(f"plan: {count:,} rows, expected {spec.num_positions:,}")
@@ -72,9 +73,12 @@ def _compare(spec: PlanSpec, found: pads.Dataset, begin: int, end: int) -> None:
 
 def _checkpoints(directory: RunDir) -> str:
     """Every checkpoint that is kept is whole."""
-    whole = 0
+    whole, spec = 0, directory.plan_spec()
     for name in directory.checkpoints.names():
         manifest = directory.checkpoints.read(name)
+        directory.checkpoints.check_own(manifest)
+        if spec and manifest.step > spec.steps:
+            raise ModelError(f"checkpoint {name} is of step {manifest.step}, the plan ends at step {spec.steps}")
         if damage := directory.checkpoints.damage(manifest):
             raise ModelError(f"checkpoint {name}: {damage}")
         whole += 1

@@ -34,7 +34,7 @@ def _rank(config: RunConfig, spec: PlanSpec, number: int, rank: int, world: int,
         try:
             joined = {"store": dist.FileStore(store, world), "rank": rank, "world_size": world}
             dist.init_process_group("gloo", timeout=timedelta(seconds=30), **joined)
-            directory = RunDir(config.run.dir)
+            directory = RunDir(str(config.run.dir))  # an object store's connections are not for forked processes
             outcome = loop.train_in(World(rank, world, torch.device("cpu"), "here"), directory, config, spec, number)
             directory.write_outcome(number, outcome)
             dist.barrier()

@@ -12,6 +12,7 @@ from sparktrain.config.section import differences
 from sparktrain.errors import ConfigError, Diverged, SparktrainError
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
+from sparktrain.storage import is_local
 from sparktrain.tokens.sources import absolute
 
 FORMAT = 1
@@ -27,6 +28,8 @@ def compare(config: Compare, train: Callable[[RunConfig], RunResult]) -> Compari
     """
     from sparktrain.compare import pictures  # noqa: F401  before hours of training, not after
 
+    if not is_local(config.run.dir):
+        raise ConfigError(f"run.dir {config.run.dir} is in an object store: give a compare a directory")
     directory, runs = config.run.dir.absolute(), list(config.runs())
     ended: list[Entry | Lost] = []
     with RunDir(directory).lock():

@@ -8,20 +8,24 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparktrain.config.data import Data
 from sparktrain.config.inner_loop import InnerLoop
+from sparktrain.config.place import Place
 from sparktrain.config.section import Section
 from sparktrain.config.strategies import AdamW, Diloco, Optimizer, Sparseloco, Strategy
 from sparktrain.config.train import Train
 
 
 def _directory(value: Any) -> Any:
-    if isinstance(value, str) and (not value or "://" in value):
-        raise ValueError(f"run.dir is {value!r}: expected a directory that driver and executors share")
+    if value == "":
+        raise ValueError(
+            "run.dir is '': expected a directory that driver and executors share, or s3://BUCKET/DIRECTORY"
+        )
     return value
 
 
 class Run(Section):
-    dir: Annotated[Path, BeforeValidator(_directory)] = Path("runs/default")
-    """Run directory: everything a run leaves. Every executor must be able to write it."""
+    dir: Annotated[Place, BeforeValidator(_directory)] = Path("runs/default")
+    """Run directory: everything a run leaves; a directory, or one of an object store (s3://, gs://, abfs://). Every
+    executor must be able to write it."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds the order of the data and the initial weights."""
     log_every: int = Field(10, ge=1)

@@ -13,6 +13,7 @@ from pydantic import Field
 from sparktrain import __version__
 from sparktrain.atomic import write
 from sparktrain.config import Section
+from sparktrain.config.place import Place
 from sparktrain.errors import ConfigError
 from sparktrain.results import RunResult
 from sparktrain.results.records import PHASES
@@ -54,7 +55,7 @@ $body
 class Report(Section):
     """Write a page about a finished run."""
 
-    run_dir: Path = Field()
+    run_dir: Place = Field()
     """Run directory; the page is its report.html."""
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sparktrain.atomic import read_json, write, write_json
-from sparktrain.errors import LaunchError
+from sparktrain.errors import LaunchError, Superseded
 from sparktrain.results.outcome import Outcome, RankFailure, RankResult, dump_outcome, load_outcome
 
 
@@ -18,6 +18,11 @@ class Attempts:
         """The newest attempt's number; 0 before the first."""
         names = [p.name for p in (self.path / "gen").glob("*")]
         return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def check_newest(self, generation: int) -> None:
+        """Raises :class:`Superseded` where there is a newer attempt than ``generation``, which may not write then."""
+        if self.latest_generation() > generation:
+            raise Superseded(f"attempt {generation} was superseded: a newer one runs in {self.path}")
 
     def generation(self, number: int) -> Path:
         return self.path / "gen" / f"{number:06d}"

@@ -23,7 +23,7 @@ from sparktrain.lineage import Committed, committed
 from sparktrain.plan import Order, PlanSpec
 from sparktrain.receipts import SCHEMA
 from sparktrain.rundir import RunDir
-from sparktrain.spark import planner, reread
+from sparktrain.spark import planner, reread, stored
 from sparktrain.spark.checks import CHECKS, MEND_BYTES, Check
 
 # What an SQL query names: frames and numbers.
@@ -77,14 +77,14 @@ def names_of(spark: SparkSession, directory: RunDir, spec: PlanSpec, lineage: li
     files = [file for number in attempts for file in sorted(directory.generation(number).glob("receipts-*.parquet"))]
     if files:
         columns = ", ".join(f"{name} long" for name in SCHEMA.names)
-        read = spark.read.schema(columns).parquet(*(planner.literal(_readable(file, SCHEMA)) for file in files))
+        read = stored.read(spark, [_readable(file, SCHEMA) for file in files], columns)
     else:
         read = spark.createDataFrame(SCHEMA.empty_table())
     stretches = _table(spark, lineage, "generation", "first_step", "last_step", "world")
     counted = """select r.* from {read} r join {lineage} l on r.generation = l.generation
                  and r.step >= l.first_step and r.step < l.last_step"""
     return {
-        "plan": spark.read.parquet(*map(planner.literal, plan)),
+        "plan": stored.read(spark, plan),
         "promised": planner.plan_frame(spark, spec),
         "counted": spark.sql(counted, read=read, lineage=stretches),
         "sources": _sources(spark, spec),
@@ -99,7 +99,8 @@ def names_of(spark: SparkSession, directory: RunDir, spec: PlanSpec, lineage: li
 
 def _readable(file: Path, schema: pa.Schema | None) -> Path:
     try:
-        found = pq.read_schema(file)
+        with file.open("rb") as opened:
+            found = pq.read_schema(opened)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {str(error).splitlines()[0]}: restore it from a copy") from None
     if schema and not found.equals(schema):

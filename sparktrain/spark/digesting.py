@@ -4,7 +4,6 @@ Not while the index reads the shards: which shard has which number, and whether 
 is known after that. Bytes are hashed as they are stored, at a small part of what the index costs.
 """
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
+from sparktrain import storage
 from sparktrain.atomic import write
 from sparktrain.config import Data
 from sparktrain.digests import file_of
@@ -31,7 +31,7 @@ _RANGE = 1 << 21
 def write_digests(spark: SparkSession, spec: PlanSpec, data: Data, directory: Path) -> None:
     """Digests of all shards that are local or come through a cache, into ``directory``, one task per shard. Raises
     :class:`DataError` for one that cannot be read."""
-    shutil.rmtree(directory, ignore_errors=True)
+    storage.remove(directory)
     directory.mkdir()
     at_hand = [n for n, s in enumerate(spec.shards) if is_local(s.path) or (data.cache_dir and s.sha256)]
     if not at_hand or data.pipeline != "sharded":

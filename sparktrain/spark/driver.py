@@ -160,6 +160,7 @@ def _train(spark: SparkSession, config: RunConfig, directory: RunDir, tracking: 
             tracking.finish(result)
             return result
         except LaunchError as error:
+            directory.check_owner()
             if error.exit_code == Changed.exit_code:
                 print(error, flush=True)
                 continue

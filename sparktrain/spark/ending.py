@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _POLL_SECONDS = 0.5
+# Each look is a request to a store.
+_POLL_REMOTE_SECONDS = 2.0
 # For torchrun to report on ranks that were killed.
 _REPORT_SECONDS = 5.0
 
@@ -48,8 +50,8 @@ def with_attempt(child: subprocess.Popen[bytes], run_dir: str, over: str, beats:
     left = threading.Event()
 
     def follow() -> None:
-        while not left.wait(_POLL_SECONDS):
-            if os.path.exists(over):
+        while not left.wait(_POLL_REMOTE_SECONDS if "://" in over else _POLL_SECONDS):
+            if _exists(over):
                 for pid in _pids(run_dir, beats):
                     with suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGKILL)
@@ -83,11 +85,26 @@ def _is_rank(pid: int, run_dir: str) -> bool:
     return False
 
 
+def _exists(file: str) -> bool:
+    if "://" not in file:
+        return os.path.exists(file)
+    with suppress(OSError):
+        return _remote(file).exists()
+    return False
+
+
+def _remote(uri: str) -> Path:
+    from sparktrain.storage import place
+
+    return place(uri)
+
+
 def _read(file: str) -> dict[str, Any]:
     """A file's values; none where it is not there, or just being written."""
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         with suppress(OSError, ValueError):
-            return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+            place = _remote(file) if "://" in file else Path(file)
+            return dict(json.loads(place.read_text(encoding="utf-8")))
         time.sleep(0.02)
     return {}

@@ -5,8 +5,6 @@ in NumPy, and writes them as they are, in step order: nothing is shuffled or sor
 The same numbers in SQL (``ordering.py``) are what the audit compares with.
 """
 
-import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,11 +16,14 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from sparktrain import storage
 from sparktrain.config import RunConfig, Skip
 from sparktrain.errors import ConfigError, DataError, LaunchError
 from sparktrain.plan import PlanSpec, Source, files, psyche, skip, slots_of, stride_of
 from sparktrain.plan.mixture import normalised
 from sparktrain.rundir import RunDir
+from sparktrain.spark import stored
+from sparktrain.spark.context import parallelism
 from sparktrain.spark.ordering import microshards
 from sparktrain.tokens import Shard
 
@@ -123,9 +124,9 @@ def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
     if directory.plan_spec() == spec:
         return
     (directory.path / "plan.json").unlink(missing_ok=True)
-    shutil.rmtree(directory.plan, ignore_errors=True)
+    storage.remove(directory.plan)
     directory.plan.mkdir()
-    rows = -(-spec.num_positions // spark.sparkContext.defaultParallelism)
+    rows = -(-spec.num_positions // parallelism(spark))
     rows = min(max(rows, _LEAST_ROWS), _MOST_ROWS)
     parts = -(-spec.num_positions // rows)
     tasks = spark.range(0, parts, numPartitions=parts)
@@ -161,7 +162,8 @@ def assignments(spark: SparkSession, run_dir: str | Path, world_size: int, weigh
             f"world_size is {world_size}: expected 1 to train.total_batch {spec.smallest_batch} (the least of its ramp)"
         )
     by_step = [(stretch.first_step, _rank(world_size, stretch.batch, weights)) for stretch in spec.stretches]
-    return spark.read.parquet(literal(directory.plan)).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
+    parts = [directory.plan] if storage.is_local(directory.plan) else sorted(directory.plan.glob("*.parquet"))
+    return stored.read(spark, parts).select("*", _piecewise(F.col("step"), by_step).alias("rank"))
 
 
 def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
@@ -170,11 +172,6 @@ def _rank(world: int, batch: int, weights: Sequence[float]) -> Column:
         return F.expr(f"cast(((slot + 1) * {world} - 1) div {batch} as int)")
     firsts = [(slots_of(rank, world, batch, weights)[0], F.lit(rank)) for rank in range(world)]
     return _piecewise(F.col("slot"), firsts)
-
-
-def literal(path: Path) -> str:
-    """``path`` for Spark's readers, which take ``[1]`` for a pattern; they do not know percent-encoding."""
-    return "file://" + re.sub(r"([][{}*?\\])", r"\\\1", str(path))
 
 
 def _step_and_slot(spec: PlanSpec) -> tuple[Column, Column]:

@@ -17,6 +17,7 @@ from sparktrain.config import Data, InnerLoop, RunConfig
 from sparktrain.errors import ConfigError, DataError, LaunchError
 from sparktrain.spark import context, sanity, task
 from sparktrain.spark.scheduling import check_drivers_gpus, check_executors_settings, conf
+from sparktrain.storage import place
 from sparktrain.tokens.sources import absolute
 
 # Executors register a moment after the session is there.
@@ -66,7 +67,7 @@ def resolve(spark: SparkSession, config: RunConfig) -> RunConfig:
         raise ConfigError(f"launch.weights are {len(weights)} numbers for {ranks} ranks: give one for each rank")
     values = config.model_dump(mode="json")
     values["launch"] |= {"mode": mode, "ranks": ranks, "threads": config.launch.threads or threads}
-    values["run"]["dir"] = str(config.run.dir.absolute())
+    values["run"]["dir"] = str(place(config.run.dir))
     values["data"] |= _absolute(config.data)
     values["inner_loop"] |= _program(config.inner_loop)
     if config.model.tokenizer:

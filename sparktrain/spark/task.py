@@ -15,11 +15,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sparktrain.spark.ending import die_with_parent, stop, with_attempt
@@ -63,13 +63,16 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
     per_node = int(input_params["num_processes"]) // nodes
     node = 0 if local else int(os.environ["NODE_RANK"])
     environment = _environment(job, "127.0.0.1" if local else os.environ["MASTER_ADDR"])
+    work = _work_dir(job)
+    environment |= {"TMPDIR": work} if work else {}
+    log_dir = os.path.join(work, "logs") if work else job.log_dir
     meeting = ""
     if job.launcher == "direct":
         environment |= {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes)}
         command, prefix = [sys.executable, "-u", "-m", module, job.run_dir], f"[rank {node} {socket.gethostname()}] "
     else:
         meeting = meeting_file() if local else ""
-        command, prefix = [*_torchrun(meeting, nodes, node, per_node, job), "-m", module, job.run_dir], ""
+        command, prefix = [*_torchrun(meeting, nodes, node, per_node, job, log_dir), "-m", module, job.run_dir], ""
     child = subprocess.Popen(
         command,
         env=environment,
@@ -88,12 +91,14 @@ def launch_ranks(input_params: dict[str, Any], module: str, job: Job, over: str,
         stop(child, job.grace)
         with suppress(OSError):
             os.unlink(meeting)
+        if work:
+            _upload(work, job.log_dir)
     if child.returncode != 0:
         _write_exit(job, node, child.returncode, tail)
         raise RuntimeError(f"ranks of task {node} on {socket.gethostname()} ended with status {child.returncode}")
 
 
-def _torchrun(meeting: str, nodes: int, node: int, per_node: int, job: Job) -> list[str]:
+def _torchrun(meeting: str, nodes: int, node: int, per_node: int, job: Job, log_dir: str) -> list[str]:
     if meeting:
         where = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={meeting}"]
         where += [f"--rdzv-id={job.run_id}-{job.generation}", "--local-addr=127.0.0.1"]
@@ -110,7 +115,7 @@ def _torchrun(meeting: str, nodes: int, node: int, per_node: int, job: Job) -> l
         f"--nnodes={nodes}",
         f"--nproc-per-node={per_node}",
         *where,
-        f"--log-dir={job.log_dir}",  # without it torchrun leaves a directory in /tmp for each rank
+        f"--log-dir={log_dir}",  # without it torchrun leaves a directory in /tmp for each rank
         "--tee=3",
     ]
 
@@ -153,18 +158,32 @@ def _pump(child: subprocess.Popen[bytes], prefix: str, client: Any) -> list[str]
     return [line for tail in tails.values() for line in tail]
 
 
+def _work_dir(job: Job) -> str:
+    """A directory on this machine's disk for what torchrun and ranks leave, where the run's is in an object store;
+    empty where it is not. Spark removes what a task that it kills leaves there."""
+    if "://" not in job.run_dir:
+        return ""
+    sys.path[:] = _import_path(job.import_path)
+    spark_dir = os.environ.get("SPARK_LOCAL_DIRS", "").partition(",")[0]
+    return tempfile.mkdtemp(prefix="sparktrain-", dir=spark_dir or None)
+
+
+def _upload(work: str, uri: str) -> None:
+    """Bring a task's logs to the run's. Those of a task that Spark kills are lost; the driver has had their lines."""
+    from sparktrain.storage import place, room
+
+    with suppress(OSError), room(place(uri)) as here:
+        shutil.copytree(os.path.join(work, "logs"), here, dirs_exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
 def _write_exit(job: Job, node: int, status: int, tail: list[str]) -> None:
     sys.path[:] = _import_path(job.import_path)
     from sparktrain.redaction import hidden
     from sparktrain.rundir import RunDir
 
-    exit_ = {
-        "node": node,
-        "host": socket.gethostname(),
-        "launcher": job.launcher,
-        "status": status,
-        "tail": [hidden(line) for line in tail],
-    }
+    where = {"node": node, "host": socket.gethostname(), "launcher": job.launcher}
+    exit_ = where | {"status": status, "tail": [hidden(line) for line in tail]}
     RunDir(job.run_dir).write_exit(job.generation, exit_)
 
 
@@ -179,13 +198,13 @@ def probe(
     sys.path[:] = _import_path(import_path)
     report["packages"] = {name: _version(name) for name in _PACKAGES}
     report["unreadable"] = [path for path in paths if not os.access(path, os.R_OK)]
-    report["free_bytes"] = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
-    mark = Path(run_dir) / f".probe-{node}"
     try:
-        mark.write_text(str(time.time()))
+        from sparktrain.storage import place
+
+        (place(run_dir) / f".probe-{node}").write_text(str(time.time()))
         report["unwritable"] = ""
     except OSError as error:
-        report["unwritable"] = str(error.strerror)
+        report["unwritable"] = str(error.strerror or error)
     if looks:
         asked = subprocess.run(
             [sys.executable, "-m", "sparktrain.worker", "--describe"],

@@ -18,6 +18,7 @@ from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, Range, Share, rows, runs_of_steps, slots_of
 from sparktrain.receipts import Receipt, Receipts
 from sparktrain.rundir import RunDir
+from sparktrain.storage import dataset
 from sparktrain.tokens import TokenFile
 from sparktrain.tokens.ahead import read_ahead, read_parts_ahead
 from sparktrain.tokens.opened import Opened
@@ -76,7 +77,7 @@ class Batches:
     ) -> None:
         # As a dictionary, a path of each row costs a number and not a string.
         format_ = pads.ParquetFileFormat(dictionary_columns={"path"})
-        self._plan = pads.dataset(directory.plan, format=format_, exclude_invalid_files=False)
+        self._plan = pads.dataset(**dataset(directory.plan), format=format_, exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
         self._rank, self._world, self._weights, self._receipts = rank, world, weights, receipts
         shards = {shard.path: shard for shard in spec.shards}

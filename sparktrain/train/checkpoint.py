@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparktrain import failpoints
+from sparktrain import failpoints, storage
 from sparktrain.checkpoints import Manifest, Part, name_of, parts_of
 from sparktrain.config import RunConfig
-from sparktrain.errors import LaunchError, ModelError, Superseded
+from sparktrain.errors import LaunchError, ModelError
 from sparktrain.receipts import Receipt, Receipts
 from sparktrain.results import StepRecord, write_records
 from sparktrain.rundir import RunDir
@@ -74,8 +74,7 @@ class Checkpointer:
         all ranks share is not the same on all.
         """
         self.wait()
-        if self._directory.latest_generation() > self._generation:
-            raise Superseded(f"attempt {self._generation} was superseded: a newer one runs in {self._directory.path}")
+        self._directory.check_newest(self._generation)
         shared = strategy.extract()
         compare_digests(exchange_digest(digest(list(shared.values())), self._world.device, None), step)
         state = strategy.state_dict()
@@ -118,7 +117,9 @@ class Checkpointer:
         here.mkdir(parents=True, exist_ok=True)
         parts: dict[str, Part] = {}
         if rank == 0:
-            parts |= parts_of(files.run_dir, models.write(model, weights, self._config, here))
+            with storage.room(here) as room:
+                below = f"{here.relative_to(files.run_dir)}/"
+                parts |= parts_of(room, models.write(model, weights, self._config, room), below)
         failpoints.reach("checkpoint.weights", **at)
         for file, (tensors, tree) in packed.items():
             content = safetensors.torch.save(tensors, {"tree": tree})
@@ -134,7 +135,9 @@ class Checkpointer:
         failpoints.reach("checkpoint.parts", **at)
         if rank == 0:
             parent = self._last.name if self._last else None
-            begun = Manifest(name, step, self._generation, parent, self._world.size, {}, self._values)
+            run = (self._values, files.run_id())
+            begun = Manifest(name, step, self._generation, parent, self._world.size, {}, *run)
+            self._directory.check_newest(self._generation)
             self._last = files.commit(begun, self._config.launch.collective_timeout)
             failpoints.reach("checkpoint.committed", **at)
             files.retain(self._config.checkpoint.keep_last, self._config.checkpoint.keep_every)
@@ -150,7 +153,12 @@ def choose(directory: RunDir, world: World) -> Manifest | None:
             print(f"{damage}: an older one is used", flush=True)
         text = found.name if found else ""
     name = world.broadcast_bytes(text.encode()).decode()
-    return directory.checkpoints.read(name) if name else None
+    if not name:
+        return None
+    start = directory.checkpoints.read(name)
+    if (spec := directory.plan_spec()) and start.step > spec.steps:
+        raise ModelError(f"checkpoint {name} is of step {start.step}, the plan ends at step {spec.steps}: take it out")
+    return start
 
 
 def restore(directory: RunDir, start: Manifest, strategy: Strategy, world: World) -> None:
@@ -190,7 +198,10 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
 def read(file: Path, device: torch.device) -> Any:
     """The tree that :func:`pack` was given, from ``file``, on ``device``."""
     try:
-        with safetensors.safe_open(file, framework="pt", device=str(device)) as opened:
+        with (
+            storage.at_hand(file) as here,
+            safetensors.safe_open(here, framework="pt", device=str(device)) as opened,
+        ):
             tree = json.loads(opened.metadata()["tree"])
             return _unpack(tree, {key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:

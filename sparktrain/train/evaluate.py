@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from sparktrain import heartbeat, tokens
+from sparktrain import heartbeat, storage, tokens
 from sparktrain.config import RunConfig
 from sparktrain.errors import DataError, ModelError
 from sparktrain.evaluation import Share, Work
@@ -102,7 +102,8 @@ def measure(work: Work) -> Share:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    model = models.load(work.model).to(device)
+    with storage.at_hand(work.model, "rank-", "strategy.") as here:
+        model = models.load(here).to(device)
     models.check_causal(model)
     total, targets, checked = Fraction(0), 0, False
     windows = _windows(work)

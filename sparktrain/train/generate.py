@@ -1,7 +1,6 @@
 """Sample text from a trained model: a run, a checkpoint, or any Hugging Face directory."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -9,8 +8,9 @@ import torch
 from pydantic import Field
 from transformers import TextIteratorStreamer
 
-from sparktrain import trained
+from sparktrain import storage, trained
 from sparktrain.config import Section
+from sparktrain.config.place import Place
 from sparktrain.errors import ConfigError, ModelError
 from sparktrain.train import models
 from sparktrain.train.pretrained import load_tokenizer
@@ -22,7 +22,7 @@ _LONGEST = 2**20
 class Generate(Section):
     """Sample text from a run, a checkpoint or a model directory."""
 
-    model: Path
+    model: Place
     """Run directory (of a run that is not finished: its newest checkpoint), checkpoint, or Hugging Face directory; with
     a tokenizer."""
     prompt: str = Field(min_length=1)
@@ -47,7 +47,8 @@ def generate(settings: Generate) -> Iterator[str]:
         raise ModelError(
             f"{path} holds no tokenizer: expected {directory / 'tokenizer.json'}; put the model's own there"
         )
-    model, tokenizer = models.load(directory), load_tokenizer(directory)
+    with storage.at_hand(directory, "rank-", "strategy.") as here:
+        model, tokenizer = models.load(here), load_tokenizer(here)
     torch.manual_seed(settings.seed)
     streamer = TextIteratorStreamer(tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}

@@ -99,6 +99,7 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     digest = models.digest(model)
     heartbeat.at("saves")
     if world.rank == 0:
+        directory.check_newest(generation)
         models.save(model, config, directory.model)
     failpoints.reach("saved", rank=world.rank, generation=generation)
     _say(world, f"finished: held-out loss {_number(after)}, parameters {digest[:16]}")
@@ -111,7 +112,7 @@ def _run(training: Training, saver: checkpoint.Checkpointer, first_step: int, re
     """Every step from ``first_step`` on, with checkpoints, or until it is to stop, appended to ``records``; when the
     first one ended."""
     spec, live, requests, first_step_at = training.spec, training.live, training.requests, 0.0
-    with requests.heeding_sigterm(training.config.launch.grace):
+    with requests.heeding_sigterm(training.config.launch.grace), requests.looking_ahead():
         for turn in _turns(training, first_step, saver.receipts):
             first_step_at = first_step_at or time.time()
             begun, done = turn[0].step, turn[-1].step + 1

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sparktrain import storage
 from sparktrain.config import Model, RunConfig
 from sparktrain.errors import ConfigError, ModelError
 from sparktrain.train.pretrained import check_config, load_tokenizer, pretrained, quieten, unusable
@@ -54,9 +56,10 @@ def build(config: RunConfig, world: World, checkpoint: Path | None = None) -> Pr
     options: dict[str, Any] = {"dtype": _DTYPES[settings.dtype], "attn_implementation": settings.attention}
     if source and world.rank == 0:
         revision = None if checkpoint else settings.revision
-        if Path(source).is_dir():
-            weight_files(Path(source))
-        model = pretrained(source, revision=revision, trust_remote_code=settings.trust_remote_code, **options)
+        with storage.at_hand(checkpoint, "rank-", "strategy.") if checkpoint else nullcontext(source) as here:
+            if Path(here).is_dir():
+                weight_files(Path(here))
+            model = pretrained(here, revision=revision, trust_remote_code=settings.trust_remote_code, **options)
     else:
         hf_config = model_config(config) if settings.trust_remote_code else AutoConfig.for_model(**values)
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -138,6 +141,10 @@ def write(model: PreTrainedModel, state: dict[str, Tensor], config: RunConfig, p
 
 def save(model: PreTrainedModel, config: RunConfig, path: Path) -> None:
     """Write ``model`` with its tokenizer as a Hugging Face directory at ``path``, whole or not at all."""
+    if not storage.is_local(path):
+        with storage.room(path) as here:
+            write(model, model.state_dict(), config, here)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     write(model, model.state_dict(), config, temporary)

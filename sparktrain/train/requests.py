@@ -15,16 +15,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from sparktrain import heartbeat
+from sparktrain import heartbeat, storage
+from sparktrain.beside import beside
 from sparktrain.errors import Orphaned, SparktrainError, Stopped
 from sparktrain.parent import follow_parent
 from sparktrain.rundir import SAVE, STOP, RunDir
 from sparktrain.train.world import World
 
 _EVERY_OF_LOCAL_STEPS = 10
+_LOOKED_SECONDS = 1.0
+_CHANGE = "changes"
 
 
 class Asked(NamedTuple):
@@ -56,6 +59,8 @@ class Requests:
         self._skips = skips
         self._every = _EVERY_OF_LOCAL_STEPS if local else 1
         self._terminated, self._parent = threading.Event(), os.getppid()
+        self._looked, self._looking = set[str](), threading.Lock()
+        self._looks_ahead = False
         self.asked = Asked()
 
     def agree(self, step: int, loss_sum: float, leave_out: bool = False) -> Asked:
@@ -66,7 +71,7 @@ class Requests:
         due = step % self._every == self._every - 1
         told, ended = due and self._told(STOP), due and self._terminated.is_set()
         orphan = ended and os.getppid() != self._parent
-        asked = [due and self._told(SAVE), told or (ended and not orphan), due and self._change_waits()]
+        asked = [due and self._told(SAVE), told or (ended and not orphan), due and self._told(_CHANGE)]
         said = [0.0 if finite else world.rank + 1.0, world.rank + 1.0 if orphan else 0.0, *map(float, asked)]
         seconds = 0.0
         if due and world.size > 1:
@@ -89,7 +94,28 @@ class Requests:
     def met(self) -> None:
         """What was asked for is done."""
         if self._world.rank == 0:
-            self._directory.request_path(SAVE).unlink(missing_ok=True)
+            with self._looking:
+                self._directory.request_path(SAVE).unlink(missing_ok=True)
+                self._looked.discard(SAVE)
+
+    @contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """While inside, a thread looks what is asked for where each look is a request to a server."""
+        if self._world.rank > 0 or storage.is_local(self._directory.path):
+            yield
+            return
+
+        def look(over: threading.Event) -> None:
+            while not over.wait(_LOOKED_SECONDS):
+                with self._looking, suppress(OSError, SparktrainError):
+                    self._looked = {name for name in (SAVE, STOP, _CHANGE) if self._look(name)}
+
+        self._looks_ahead = True
+        try:
+            with beside("requests", look):
+                yield
+        finally:
+            self._looks_ahead = False
 
     @contextmanager
     def heeding_sigterm(self, grace: float) -> Iterator[None]:
@@ -128,4 +154,9 @@ class Requests:
         os.close(pipe)
 
     def _told(self, name: str) -> bool:
-        return self._world.rank == 0 and self._directory.request_path(name).exists()
+        if self._world.rank > 0:
+            return False
+        return name in self._looked if self._looks_ahead else self._look(name)
+
+    def _look(self, name: str) -> bool:
+        return self._change_waits() if name == _CHANGE else self._directory.request_path(name).exists()

@@ -153,6 +153,14 @@ VERIFY = [
         Case(name, verified(change), 3, WRONG, "verify")
         for name, change in [
             ("plan.json gone", removed("plan.json")),
+            (
+                "a checkpoint of another run",
+                changed(f"checkpoints/{name_of(6, 1)}.json", lambda c: re.sub(rb'"run_id": "\w', b'"run_id": "z', c)),
+            ),
+            (
+                "a checkpoint beyond the plan's end",
+                changed(f"checkpoints/{name_of(6, 1)}.json", lambda c: c.replace(b'"step": 6', b'"step": 7')),
+            ),
             ("plan.json torn", changed("plan.json", lambda c: c[:40])),
             ("plan.json of another seed", changed("plan.json", lambda c: c.replace(b'"seed": 5', b'"seed": 6'))),
             ("plan's file torn", changed(PLAN, lambda c: c[:-9])),

@@ -20,6 +20,7 @@ from sparktrain.rundir import RunDir
 from sparktrain.spark.trackers.contract import Tracker
 from sparktrain.spark.trackers.mlflow import Mlflow, parent
 from sparktrain.spark.trackers.tensorboard import TensorBoard
+from sparktrain.storage import is_local
 
 TRACKERS: dict[str, type[Tracker]] = {"mlflow": Mlflow, "tensorboard": TensorBoard}
 
@@ -32,6 +33,11 @@ def check(config: RunConfig) -> None:
                 f"run.trackers has {name}, whose package is not installed: pip install 'sparktrain[{name}]', "
                 f"or leave {name} out"
             )
+    if "tensorboard" in config.run.trackers and not is_local(config.run.dir):
+        raise ConfigError(
+            f"run.trackers has tensorboard, which writes files bit by bit, but run.dir {config.run.dir} is in an "
+            "object store: take mlflow, or leave tensorboard out"
+        )
 
 
 class Tracking:

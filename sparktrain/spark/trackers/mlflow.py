@@ -19,6 +19,7 @@ from sparktrain.pulse import Stretch
 from sparktrain.results import RunResult
 from sparktrain.rundir import RunDir
 from sparktrain.spark.trackers.contract import CURVES
+from sparktrain.storage import at_hand
 
 _TAG = "sparktrain.run_id"
 _DIRECTORY = "sparktrain.directory"
@@ -61,8 +62,10 @@ class Mlflow:
         numbers = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
         mlflow.log_metrics({f"final.{name}": value for name, value in numbers.items()}, step=self._config.train.steps)
         for file in ("config.json", "result.json", "metrics.parquet"):
-            mlflow.log_artifact(str(self._directory.path / file))
-        self._log_model()
+            with at_hand(self._directory.path / file) as here:
+                mlflow.log_artifact(str(here))
+        with at_hand(self._directory.model) as model:
+            self._log_model(model)
         mlflow.end_run()
 
     def fail(self, error: BaseException) -> None:
@@ -72,13 +75,12 @@ class Mlflow:
         self._mlflow.set_tag("sparktrain.error", f"{type(error).__name__}: {error}"[:500])
         self._mlflow.end_run("KILLED" if stopped else "FAILED")
 
-    def _log_model(self) -> None:
+    def _log_model(self, path: Path) -> None:
         """As a function from prompts to texts where there is a tokenizer, else as files."""
         import mlflow.pyfunc
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-        path = self._directory.model
         if not (path / "tokenizer.json").exists():
             mlflow.log_artifacts(str(path), "model")
             return
