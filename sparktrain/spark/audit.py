@@ -28,6 +28,8 @@ from sparktrain.spark.checks import CHECKS, MEND_BYTES, Check
 
 # What an SQL query names: frames and numbers.
 Names = dict[str, Any]
+# The plan's pages have checksums, which Spark does not look at unless it is told to.
+_CHECKSUMS = "parquet.page.verify-checksum.enabled"
 # Standard deviations at which the mix of the files is no chance any more.
 _ALARM = 6
 
@@ -84,7 +86,7 @@ def names_of(spark: SparkSession, directory: RunDir, spec: PlanSpec, lineage: li
     counted = """select r.* from {read} r join {lineage} l on r.generation = l.generation
                  and r.step >= l.first_step and r.step < l.last_step"""
     return {
-        "plan": spark.read.parquet(*map(planner.literal, plan)),
+        "plan": spark.read.option(_CHECKSUMS, True).parquet(*map(planner.literal, plan)),
         "promised": planner.plan_frame(spark, spec),
         "counted": spark.sql(counted, read=read, lineage=stretches),
         "sources": _sources(spark, spec),
