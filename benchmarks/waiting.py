@@ -1,6 +1,6 @@
 """How long the loop waits for data from a server that sends a given multiple of what training needs.
 
-    python benchmarks/waiting.py [--steps 30] [--multiples 0.5 2]
+    python benchmarks/waiting.py [--steps 25] [--multiples 0.5 2]
 
 The batches of ``benchmarks/loop.py``, and a smaller model. First the loop trains on local shards, which tells the rate
 it needs; then from an HTTP server of another process, each of whose answers takes 20 ms to begin, and which sends no
@@ -90,7 +90,7 @@ def train(run: RunDir, config: Any, spec: plan.PlanSpec, world: World) -> list[S
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--multiples", type=float, nargs="+", default=[0.5, 2.0])
     options = parser.parse_args()
     steps = options.steps

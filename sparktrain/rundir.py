@@ -4,8 +4,8 @@
 
     run.json             driver   identity of the run; written once
     config.json          driver   resolved settings; ranks read them
-    plan/*.parquet       driver   the plan (Spark); ranks read their rows
-    digests/*.u4         driver   what each sequence's bytes are (Spark); ranks compare as they read
+    plan/*.parquet       driver   the plan (executors); ranks read their rows
+    digests/*.u4         driver   what each sequence's bytes are (executors); ranks compare as they read
     plan.json            driver   what the plan is a function of; written last, so a plan without it does not exist
     LOCK                 driver   who is running it now; removed at the end
     SAVE, STOP           anyone   asks for a checkpoint now, or for one and the end; rank 0 removes SAVE, a start both

@@ -156,7 +156,6 @@ def edit(file: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
     rows = table.to_pylist()
     change(rows)
     pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
-    file.with_name(f".{file.name}.crc").unlink(missing_ok=True)  # Hadoop's own, of what Spark wrote
 
 
 def damage(file: Path) -> None:

@@ -4,14 +4,16 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparktrain import plan
-from sparktrain.plan import Order, PlanSpec, Source, mixture, psyche, shuffle, skip
+from sparktrain.plan import Order, PlanSpec, Source, files, mixture, psyche, shuffle, skip
 from sparktrain.tokens import Shard
 
 
@@ -29,6 +31,22 @@ def spec_of(tokens: list[int], **changes: object) -> PlanSpec:
 def test_the_bijection_gives_the_published_numbers(n: int, epoch: int, i: list[int], expected: list[int]) -> None:
     keys = shuffle.round_keys(7, epoch, rounds=4)
     assert shuffle.permute(np.array(i), n, keys).tolist() == expected
+
+
+def test_a_file_of_the_plan_has_its_rows(tmp_path: Path) -> None:
+    """Over several row groups, of shards of very different sizes, in two sources."""
+    sources = (Source("a", 1, 0.25), Source("b", 203, 0.75))
+    spec = spec_of([16 * 70_000 + 1, *[17] * 200, 16 * 3000, 17, 999], steps=14_000, sources=sources)
+    files.write_part(spec, 11, 66_000, tmp_path / "part-0.parquet")
+    file = pq.ParquetFile(tmp_path / "part-0.parquet", page_checksum_verification=True)
+    assert (file.num_row_groups, file.schema_arrow.names) == (2, list(plan.Assignment._fields))
+    rows = [plan.Assignment(*row) for row in zip(*file.read().to_pydict().values(), strict=True)]
+    assert rows == plan.rows(spec, 11, 66_000)
+    firsts = spec.first_microshards
+    for row in (*rows[:500], *rows[-500:]):
+        shard = int(np.searchsorted(firsts, row.microshard_id, side="right")) - 1
+        assert (row.path, row.start) == (f"/shards/{shard}.ds", 16 * (row.microshard_id - int(firsts[shard])))
+    assert [p.name for p in tmp_path.iterdir()] == ["part-0.parquet"]
 
 
 @pytest.mark.parametrize("n", [*range(1, 41), 97, 99, 100, 101, 255, 256, 257, 1009, 4096, 4097])

@@ -124,14 +124,17 @@ def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
     if directory.plan_spec() == spec:
         return
     (directory.path / "plan.json").unlink(missing_ok=True)
-    storage.remove(directory.plan)
-    directory.plan.mkdir()
+    try:
+        storage.remove(directory.plan)
+        directory.plan.mkdir()
+    except OSError as error:
+        raise LaunchError(f"{directory.plan} cannot be replaced: {error.strerror or error}; remove it") from None
     rows = -(-spec.num_positions // parallelism(spark))
     rows = min(max(rows, _LEAST_ROWS), _MOST_ROWS)
     parts = -(-spec.num_positions // rows)
     tasks = spark.range(0, parts, numPartitions=parts)
     for row in tasks.mapInArrow(partial(_write, spec, directory.plan, rows), "problem string").collect():
-        raise LaunchError(f"the plan could not be written to {directory.plan}: {row.problem}; make room or mend it")
+        raise LaunchError(f"the plan cannot be written to {directory.plan}: {row.problem}; make room, or mend that")
     directory.write_plan_spec(spec)
 
 

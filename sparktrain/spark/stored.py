@@ -18,6 +18,8 @@ from sparktrain.spark.context import parallelism
 
 # Of a file that is read by a task, handed to Spark at a time.
 _ROWS = 1 << 16
+# The plan's pages have checksums, which Spark does not look at unless it is told to.
+_CHECKSUMS = "parquet.page.verify-checksum.enabled"
 
 
 def write(frame: DataFrame, directory: Path) -> None:
@@ -32,7 +34,8 @@ def write(frame: DataFrame, directory: Path) -> None:
 def read(spark: SparkSession, files: Sequence[Path], schema: str | None = None) -> DataFrame:
     """What is in ``files``, of columns ``schema`` (DDL) or those of the first."""
     if all(map(storage.is_local, files)):
-        reader = spark.read.schema(schema) if schema else spark.read
+        reader = spark.read.option(_CHECKSUMS, True)
+        reader = reader.schema(schema) if schema else reader
         return reader.parquet(*map(literal, files))
     if schema is None:
         with files[0].open("rb") as first:
@@ -65,4 +68,4 @@ def _get(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         for name in batch.column(0).to_pylist():
             with storage.place(name).open("rb") as file:
-                yield from pq.ParquetFile(file).iter_batches(_ROWS)
+                yield from pq.ParquetFile(file, page_checksum_verification=True).iter_batches(_ROWS)
