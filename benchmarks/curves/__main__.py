@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,11 @@ class Bench:
                 mp.start_processes(train, (world, settings, *places), nprocs=world, start_method="fork")
                 result = json.loads(output.read_text())
             versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers")}
-            line = {"key": key, "name": name, **settings, **versions, **result}
+            # Defaults are not in the settings, and may change.
+            commit = subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
+            line = {"key": key, "name": name, **settings, **versions, "commit": commit, **result}
             with self.file.open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
             self.done[key] = line
@@ -95,6 +100,8 @@ class Bench:
     def best(self, name: str) -> float | None:
         """The learning rate of an entry; None: there is no time to find it."""
         rates = ENTRIES[name][2]
+        if self.arguments.lr:
+            return float(self.arguments.lr)
         if isinstance(rates, str):
             return self.best(rates)
         tried = rates[-self.arguments.rates :]
@@ -124,6 +131,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tuning", type=int, default=100)
     parser.add_argument("--rates", type=int, default=3, help="try only so many of an entry's rates, the highest")
+    parser.add_argument("--lr", type=float, help="tune nothing, take this")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--hidden-size", type=int, default=192)

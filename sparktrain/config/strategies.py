@@ -82,7 +82,7 @@ class Diloco(Section):
     30 rounds in a run, measured in the second round, so it may be otherwise when run again (not when resumed)."""
     outer: Literal["auto", "average", "sgd"] = "auto"
     """How all move by the mean of the ranks' progress: average: by all of it; sgd: by SGD with the three settings
-    below; auto: average where fewer than 100 rounds are planned, as momentum harms there, else sgd."""
+    below; auto: average where fewer than 500 rounds are planned, as momentum harms there, else sgd."""
     outer_lr: float = Field(0.7, gt=0, lt=10, allow_inf_nan=False)
     """Learning rate of the outer SGD."""
     outer_momentum: float = Field(0.9, ge=0, lt=1)
