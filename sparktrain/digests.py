@@ -24,20 +24,23 @@ class Digests:
         self._places = {shard.path: (n, int(firsts[n]), int(firsts[n + 1])) for n, shard in enumerate(shards)}
         self._known: dict[str, npt.NDArray[np.uint32] | None] = {}
 
-    def check(self, path: str, microshard_id: int, digest: int) -> None:
-        """Raises :class:`DataError` where a microshard of the shard at ``path`` is to have another ``digest``."""
+    def check(self, path: str, microshard_ids: Ints, digests: Sequence[int]) -> None:
+        """Raises :class:`DataError` where a microshard of the shard at ``path`` is to have another digest."""
         if path not in self._known:
             self._known[path] = self._read(path)
         known, (_, first, end) = self._known[path], self._places[path]
         if known is None:
             return
-        if not first <= microshard_id < end:
-            raise DataError(f"the plan has microshard {microshard_id} in shard {path}, which it is not of: it was "
+        if microshard_ids.min() < first or microshard_ids.max() >= end:
+            strange = next(i for i in microshard_ids.tolist() if not first <= i < end)
+            raise DataError(f"the plan has microshard {strange} in shard {path}, which it is not of: it was "
                             "changed; start again in another run.dir")  # fmt: skip
-        if (expected := int(known[microshard_id - first])) != digest:
+        expected, found = known[microshard_ids - first], np.array(digests, dtype=np.uint32)
+        if (expected != found).any():
+            at = int(np.argmax(expected != found))
             raise DataError(
-                f"shard {path} has other bytes than when the run was planned: sequence {microshard_id - first} has "
-                f"crc32 {digest:08x}, had {expected:08x}; restore the shard"
+                f"shard {path} has other bytes than when the run was planned: sequence {microshard_ids[at] - first} "
+                f"has crc32 {found[at]:08x}, had {expected[at]:08x}; restore the shard"
             )
 
     def _read(self, path: str) -> npt.NDArray[np.uint32] | None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -236,7 +237,7 @@ def spec(data: Path) -> PlanSpec:
 
 
 @pytest.fixture
-def attempt(data: Path, spec: PlanSpec, tmp_path: Path) -> Callable[..., list[int]]:
+def attempt(data: Path, spec: PlanSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """``attempt(place, armed)``: two ranks train 6 steps, a checkpoint every 2; their exit statuses."""
     import multiprocessing
 
@@ -245,6 +246,7 @@ def attempt(data: Path, spec: PlanSpec, tmp_path: Path) -> Callable[..., list[in
     from tests.test_failpoints import _rank
 
     torch.set_num_threads(1)  # a forked process hangs where OpenMP's threads have started
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # as the task does, for those that are killed
 
     def run(place: Path, armed: str = "") -> list[int]:
         directory = RunDir(place)

@@ -40,7 +40,7 @@ _OPEN_FILES = 64
 
 
 class _Piece(NamedTuple):
-    """Windows of a range by their places in the share: as stored, with the type of their tokens; or with what comes
+    """Windows of a shard by their places in the share: as stored, with the type of their tokens; or with what comes
     along. And the digest of each."""
 
     places: list[int]
@@ -114,18 +114,18 @@ class Batches:
         pieces = []
         for path, ranges in groupby(share.ranges(_RANGE), key=attrgetter("path")):
             with self._files.use(path) as file:
-                pieces += [self._read(file, share, range_) for range_ in ranges]
+                pieces.append(self._read(file, share, list(ranges)))
         return _together(share, pieces)
 
     def _range(self, part: tuple[Share, Range]) -> tuple[Share, _Piece]:
         share, range_ = part
         with self._files.use(range_.path) as file:
-            return share, self._read(file, share, range_)
+            return share, self._read(file, share, [range_])
 
-    def _read(self, file: TokenFile, share: Share, range_: Range) -> _Piece:
-        piece = _read(file, range_)
-        for place, digest in zip(piece.places, piece.digests, strict=True):
-            self._digests.check(range_.path, int(share.microshard_id[place]), digest)
+    def _read(self, file: TokenFile, share: Share, ranges: Sequence[Range]) -> _Piece:
+        """``ranges``, all of ``file``."""
+        piece = _read_bare(file, ranges) if file.bare else _read(file, ranges)
+        self._digests.check(ranges[0].path, share.microshard_id[piece.places], piece.digests)
         return piece
 
     # -- the plan ------------------------------------------------------------------------------------------------
@@ -172,24 +172,36 @@ class Batches:
                 raise DataError(f"plan row {row} is not what the run's seed gives, {expected}: the plan was changed")
 
 
-def _read(file: TokenFile, range_: Range) -> _Piece:
-    _, start, whole, places, offsets = range_
-    if not file.bare:
+def _read(file: TokenFile, ranges: Sequence[Range]) -> _Piece:
+    places, windows = [], []
+    for _, start, whole, here, offsets in ranges:
         piece = file.window(start, whole, documents=False)
-        cut = [_cut(piece, offset, whole - offsets[-1]) for offset in offsets]
-        return _Piece(places, cut, None, [window.digest() for window in cut])
-    raw, dtype = file.stored(start, whole), file.dtype
-    if len(places) == 1:
-        return _Piece(places, [raw], dtype, [crc32(raw)])
-    view, length = memoryview(raw), (whole - offsets[-1]) * dtype.itemsize
-    begins = [offset * dtype.itemsize for offset in offsets]
-    windows = [view[begin : begin + length] for begin in begins]
-    return _Piece(places, windows, dtype, [crc32(window) for window in windows])
+        places += here
+        windows += [_cut(piece, offset, whole - offsets[-1]) for offset in offsets]
+    return _Piece(places, windows, None, [window.digest() for window in windows])
+
+
+def _read_bare(file: TokenFile, ranges: Sequence[Range]) -> _Piece:
+    places: list[int] = []
+    windows: list[bytes | memoryview] = []
+    dtype, stored = file.dtype, file.stored
+    size = dtype.itemsize
+    for _, start, whole, here, offsets in ranges:
+        places += here
+        raw = stored(start, whole)
+        if len(here) == 1:
+            windows.append(raw)
+            continue
+        view, length = memoryview(raw), (whole - offsets[-1]) * size
+        windows += [view[offset * size : offset * size + length] for offset in offsets]
+    return _Piece(places, windows, dtype, list(map(crc32, windows)))
 
 
 def _together(share: Share, pieces: list[_Piece]) -> tuple[Batch, list[Receipt]]:
-    by_place = {place: digest for p in pieces for place, digest in zip(p.places, p.digests, strict=True)}
-    return _receipted(share, _sequences(pieces), [by_place[place] for place in range(len(share))])
+    digests = np.empty(len(share), dtype=np.int64)
+    for piece in pieces:
+        digests[piece.places] = piece.digests
+    return _receipted(share, _sequences(pieces), digests.tolist())
 
 
 def _receipted(share: Share, sequences: Sequences, digests: list[int]) -> tuple[Batch, list[Receipt]]:
