@@ -79,7 +79,7 @@ class Torchft:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
 
-class torchft(Torchft):
+class TorchftDiLoCo(Torchft):
     """Its DiLoCo; the defaults are those of its examples."""
 
     def __init__(
@@ -96,10 +96,13 @@ class torchft(Torchft):
         self._diloco.__enter__()
 
 
-class torchft_local_sgd(Torchft):
+class TorchftLocalSGD(Torchft):
     """Its LocalSGD: parameters are averaged."""
 
     def __init__(self, model: torch.nn.Module, settings: Optimizer, sync_every: int) -> None:
         super().__init__(model, settings, sync_every)
         self._local = LocalSGD(self.manager, model, self.optimizer, sync_every)
         self._local.__enter__()
+
+
+KINDS = {"torchft": TorchftDiLoCo, "torchft_local_sgd": TorchftLocalSGD}

@@ -4,6 +4,7 @@ Every run of a seed starts at the same weights and sees the same batches: rank r
 The lone worker is rank 0 without the other. Losses are nats per token of the weights that ranks share at that moment.
 """
 
+import json
 import os
 import resource
 import time
@@ -77,7 +78,7 @@ def made(run: dict[str, Any], model: LlamaForCausalLM) -> Any:
         return STRATEGIES[settings["kind"]].build(parameters, section, optimizer, run["steps"])
     import others
 
-    return getattr(others, settings.pop("kind"))(model, optimizer, **settings)
+    return others.KINDS[settings.pop("kind")](model, optimizer, **settings)
 
 
 def train(rank: int, world: int, run: dict[str, Any], data: str, meeting: str, output: str) -> None:
@@ -118,8 +119,6 @@ def train(rank: int, world: int, run: dict[str, Any], data: str, meeting: str, o
 
 
 def finish(run: dict[str, Any], curve: list[list[float]], every: int, spent: float, wall: float, output: str) -> None:
-    import json
-
     used = resource.getrusage(resource.RUSAGE_SELF)
     result = {
         "loss": curve[-1][1],

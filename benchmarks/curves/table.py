@@ -90,10 +90,12 @@ def picture(runs: list[Line], file: Path) -> None:
 
 
 def write(directory: Path) -> None:
-    """``STEPSxTOKENS-DATA.csv``, ``.md`` and, for curves of several points, ``.png`` beside the lines."""
+    """``STEPSxTOKENS-WIDTHxLAYERS-DATA.csv``, ``.md`` and, for curves of several points, ``.png`` beside the lines."""
     runs = sorted(lines(directory / "curves.jsonl"), key=group)
     for (steps, tokens, *_, data, _), members in itertools.groupby(runs, group):
-        part, name = list(members), f"{steps}x{tokens}-{data[:6]}"
+        part = list(members)
+        width, layers = part[0]["model"]["hidden_size"], part[0]["model"]["num_hidden_layers"]
+        name = f"{steps}x{tokens}-{width}x{layers}-{data[:6]}"
         table = cells(rows(part))
         with (directory / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(table)
