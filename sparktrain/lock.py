@@ -170,23 +170,9 @@ def _silent_seconds(file: Path, holder: Owner) -> float:
 
 
 def _bury(file: Path, holder: Owner) -> bool:
-    """Remove the lock of a process that is gone; not one that took its place meanwhile, or is removed by another."""
-    if not storage.is_local(file):
-        return _bury_object(file, holder)
-    grave = file.with_name(f".LOCK.{uuid.uuid4().hex}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        file.rename(grave)
-        if found := _read_lock(grave) == holder:
-            grave.unlink(missing_ok=True)
-        else:
-            grave.rename(file)
-        return found
-    return False
-
-
-def _bury_object(file: Path, holder: Owner) -> bool:
-    """Of those who found a lock old, the one that makes this object removes it."""
-    claim = file.with_name(f"{file.name}.{holder.get('token', '')}.taken")
+    """Remove the lock of a process that is gone; not one that took its place meanwhile. Of those who found it old, the
+    one that makes the claim does, if it is there still."""
+    claim = file.with_name(f".{file.name}.{holder.get('token', '')}.tmp")
     try:
         storage.create(claim, uuid.uuid4().hex.encode())
     except FileExistsError:
@@ -194,6 +180,8 @@ def _bury_object(file: Path, holder: Owner) -> bool:
             if storage.clock(file.parent) - claim.stat().st_mtime > STALE_SECONDS:  # who made it is gone, too
                 claim.unlink(missing_ok=True)
         time.sleep(0.2)
+        return False
+    except FileNotFoundError:  # the directory is gone, with the lock
         return False
     try:
         if found := _read_lock(file) == holder:

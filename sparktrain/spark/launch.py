@@ -158,8 +158,9 @@ def _explain(directory: RunDir, generation: int, error: Exception) -> LaunchErro
         return LaunchError(executor)
     killed = [(exit_, rank, status) for exit_ in exits for rank, status in _statuses(exit_)]
     known = {f.rank for f in failures}
-    # SIGTERM is what torchrun sends to those that are left.
-    for exit_, rank, status in sorted(killed, key=lambda k: (k[1] in known, k[2] == -signal.SIGTERM, k[1])):
+    # SIGTERM is what torchrun sends to those that are left; a rank may end by it, or itself when its grace is over.
+    ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    for exit_, rank, status in sorted(killed, key=lambda k: (k[1] in known, k[2] in ended, k[1])):
         if rank not in known:
             last = next((line for line in reversed(exit_["tail"]) if line.startswith(f"[rank {rank} ")), "no output")
             return LaunchError(f"rank {rank} on {exit_['host']} {_how(status)}; its last line: {last}")
