@@ -38,13 +38,18 @@ def client() -> Iterator[dict[str, str]]:
         start_new_session=True,
     )
     try:
-        while socket.socket().connect_ex(("127.0.0.1", port)):
+        while not _listens(port):
             assert server.poll() is None, "the server ended"
             time.sleep(0.2)
         yield ENVIRONMENT | {"SPARK_REMOTE": f"sc://127.0.0.1:{port}", "JAVA_HOME": "/nowhere"}
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def a_job(name: str, *argv: str) -> list[str]:

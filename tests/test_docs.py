@@ -37,6 +37,7 @@ def test_every_shell_block_is_run_by_make_commands_or_says_why_not() -> None:
         known = block.mark in ("runnable", "in .ci/run") or block.mark.startswith("not here: ")
         assert known, f"{block.page}: mark this block, see tests/commands.py:\n{block.commands}"
     scripts = (ROOT / ".ci" / "run").read_text()
+    assert "\nmake commands\n" in scripts
     assert "tests.commands" in (ROOT / "Makefile").read_text()
     for block in found:
         if block.mark == "in .ci/run":
