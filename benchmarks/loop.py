@@ -90,7 +90,7 @@ def main() -> None:
         step = bare_step(theirs, config, [batch.tokens for batch in loop.Batches(run, spec, 0, 1)])
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
         live = Live(run.path, config, world, 0)
-        nonfinite = NonFinite(run, world, live, strategy.local, strategy.refuses, lambda: None)
+        nonfinite = NonFinite(run, world, live, strategy.local, strategy.refuses, lambda: 0)
         requests = Requests(run, world, strategy.local, live.waits, nonfinite.skips_loss)
         training = loop.Training(run, config, spec, world, ours, strategy, live, requests, nonfinite)
         steps_of_ours = loop._steps(training)

@@ -47,7 +47,10 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("model.gradient_checkpointing", "cold"),
 )
 # Read by every start; not part of what a run is, so a start may be given others.
-_OF_A_START = ("launch", "checkpoint", "eval", "data.mirrors", "data.cache_dir", "data.cache_bytes")
+_OF_A_START = (
+    *("launch", "checkpoint", "eval", "data.mirrors", "data.cache_dir", "data.cache_bytes"),
+    *("train.on_nonfinite", "train.max_skipped", "run.trackers", "inner_loop.timeout"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class Changes:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir, self.path = run_dir, run_dir / "changes"
 
-    def ask(self, kind: Kind, before: RunConfig, after: RunConfig) -> Change:
-        """Leave a change from ``before`` to ``after`` for the run to take. Raises :class:`ConfigError` where nothing
+    def ask(self, kind: Kind, before: RunConfig, after: RunConfig, step: int | None = None) -> Change:
+        """Leave a change from ``before`` to ``after`` for the run to take, from its next step on or, where it is to go
+        back for it, from ``step`` on. Raises :class:`ConfigError` where nothing
         differs, or what differs is of another kind, or the run is finished."""
         if (self._run_dir / "result.json").exists():
             raise ConfigError(f"{self._run_dir} holds a finished run: nothing in it can change")
@@ -80,9 +84,10 @@ class Changes:
             key = next(key for key in values if _kind_of(key) == needed)
             raise ConfigError(f"{key} is {needed}, the change was said to be {kind}: say --kind {needed}")
         at = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
-        change = Change(f"{at}-{uuid.uuid4().hex[:8]}", kind, values)
+        change = Change(f"{at}-{uuid.uuid4().hex[:8]}", kind, values, step)
         self.path.mkdir(exist_ok=True)
-        atomic.write_json(self.path / f"{change.name}.json", {"kind": kind, "values": values})
+        said = {"kind": kind, "values": values} | ({} if step is None else {"step": step})
+        atomic.write_json(self.path / f"{change.name}.json", said)
         return change
 
     def asked(self) -> list[str]:
@@ -94,7 +99,7 @@ class Changes:
         file = self.path / f"{name}.json"
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            return Change(name, found["kind"], dict(found["values"]))
+            return Change(name, found["kind"], dict(found["values"]), found.get("step"))
         except (OSError, ValueError, TypeError, KeyError):
             raise ConfigError(f"{file} is no change of settings: remove it and use jobs/change.py") from None
 
@@ -114,7 +119,7 @@ class Changes:
         changes = self.all()
         first = max([step, *(change.step for change in changes if change.step is not None)])
         taken = [replace(change, step=first) if change.step is None else change for change in changes]
-        if taken != changes:
+        if taken != self.taken():
             atomic.write_json(self.path / "taken.json", [asdict(change) for change in taken])
         return taken
 

@@ -122,6 +122,7 @@ class Checkpoints:
             values = json.loads(self._manifest(name).read_text(encoding="utf-8"))
             return Manifest(**values | {"parts": {path: Part(**part) for path, part in values["parts"].items()}})
         except (OSError, ValueError, TypeError, KeyError) as error:
+            storage.check_told(self.run_dir, error)
             raise ModelError(f"checkpoint {name} of {self.run_dir} has no readable manifest: {error}") from None
 
     def check_own(self, manifest: Manifest) -> None:
@@ -158,9 +159,9 @@ class Checkpoints:
             file = self.run_dir / path
             if Path(path).is_absolute() or ".." in Path(path).parts:
                 return f"{path} is outside the run directory"
-            if not file.is_file():
+            if (found := storage.size(file)) is None:
                 return f"{path} is missing"
-            if (found := file.stat().st_size) != part.num_bytes:
+            if found != part.num_bytes:
                 return f"{path} has {found} bytes, expected {part.num_bytes}"
             if sha256_of(file) != part.sha256:
                 return f"{path} has another content than was written"

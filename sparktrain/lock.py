@@ -4,8 +4,8 @@ Its holder renews it every few seconds. The lock of a process that is gone from 
 of another machine's, which nobody here can look at, when it was not renewed for a minute, by the clock of the file
 system or store that it is on. A holder that was cut off and comes back sees that and ends its run: ``Held``.
 
-A file is renewed by its time; an object by another one beside it, ``LOCK.<token>.beat``, which only its holder writes:
-so nobody ever writes over another's lock.
+A file is renewed by its time; where that cannot be set, and an object, by another one beside it, ``LOCK.<token>.beat``,
+which only its holder writes: so nobody ever writes over another's lock.
 """
 
 import contextlib
@@ -72,8 +72,7 @@ class Held:
         with contextlib.suppress(OSError):
             if (_read_lock(self._file) or {}).get("token") == self._owner["token"]:
                 self._file.unlink(missing_ok=True)
-            if not storage.is_local(self._file):
-                _beat(self._file, self._owner).unlink(missing_ok=True)
+            _beat(self._file, self._owner).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -101,11 +100,22 @@ def hold(file: Path, what: str, tell: Callable[[str], None] = lambda why: None) 
                 since = f"which has not renewed its lock for {silent:.0f} s"
                 print(f"{what} was in use by {_who(holder)}, {since}: taken over", flush=True)
     held = Held(file, what, owner, tell)
+    if not storage.is_local(file):
+        _check_refused(file, owner)
     try:
         with beside("lock", held.keep):
             yield held
     finally:
         held.release()
+
+
+def _check_refused(file: Path, owner: Owner) -> None:
+    """Raises :class:`ConfigError` where the store, or a driver too old, writes over what is there."""
+    with contextlib.suppress(FileExistsError):
+        _create(file, json.dumps(owner | {"twice": True}))
+        file.unlink(missing_ok=True)
+        raise ConfigError(f"{file.parent} is in a store, or reached by a driver, that writes over what must not be: no "
+                          "run directory can be locked there; update the driver, or give a directory")  # fmt: skip
 
 
 def _who(holder: Owner) -> str:
@@ -115,9 +125,7 @@ def _who(holder: Owner) -> str:
 def _check_gone(file: Path, what: str, holder: Owner, owner: Owner) -> float:
     """Raises :class:`RunDirBusy` where ``holder`` may live; for how long one of another machine has been silent."""
     who = _who(holder)
-    if holder["host"] == owner["host"]:
-        if _alive(int(holder["pid"])):
-            raise RunDirBusy(f"{what} is in use by {who}: wait for it or choose another")
+    if holder["host"] == owner["host"] and not _alive(int(holder["pid"])):
         return 0.0
     try:
         silent = _silent_seconds(file, holder)
@@ -158,15 +166,18 @@ def _beat(file: Path, owner: Owner) -> Path:
 
 def _renew(file: Path, owner: Owner) -> None:
     if storage.is_local(file):
-        os.utime(file)
-    else:
-        _beat(file, owner).write_bytes(b"")
+        with contextlib.suppress(OSError):  # a mounted store may know no times but of what is written
+            os.utime(file)
+            return
+    _beat(file, owner).write_bytes(b"")
 
 
 def _silent_seconds(file: Path, holder: Owner) -> float:
     """For how long a holder has not renewed its lock."""
-    beat = file if storage.is_local(file) else _beat(file, holder)
-    return storage.clock(file.parent) - (beat if beat.exists() else file).stat().st_mtime
+    times = [file.stat().st_mtime]
+    with contextlib.suppress(FileNotFoundError):
+        times.append(_beat(file, holder).stat().st_mtime)
+    return storage.clock(file.parent) - max(times)
 
 
 def _bury(file: Path, holder: Owner) -> bool:

@@ -99,6 +99,7 @@ class RunDir(Attempts):
 
     def claim(self, config: RunConfig) -> None:
         """Make the directory this run's, once :meth:`check` has passed and the run can start."""
+        self.check_owner()
         if not (self.path / "run.json").exists():
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             made = {"format": FORMAT, "run_id": uuid.uuid4().hex, "created": now, "identity": config.identity()}
@@ -169,6 +170,11 @@ class RunDir(Attempts):
                 return number
             except FileExistsError:
                 number += 1
+
+    def drop_plan(self) -> None:
+        """There is no plan any more, whatever is left of its files."""
+        self.check_owner()
+        (self.path / "plan.json").unlink(missing_ok=True)
 
     def write_plan_spec(self, spec: PlanSpec) -> None:
         self.check_owner()

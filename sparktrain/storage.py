@@ -42,6 +42,8 @@ def place(where: str | Path) -> Path:
     bucket = rest.partition("/")[0]
     if not bucket or not rest.strip("/").partition("/")[2]:
         raise Unusable(f"{where} names no directory in a bucket: give {scheme}://BUCKET/DIRECTORY")
+    if set("*[]") & set(rest):
+        raise Unusable(f"{where} has one of *[], which drivers of stores take for a pattern: choose another name")
     if ":" in bucket.rpartition("@")[0] or "?" in rest:
         raise Unusable(
             f"the {scheme}:// address has a password or a query, which would end up in files and logs: give the "
@@ -61,6 +63,20 @@ def place(where: str | Path) -> Path:
 def is_local(path: Path) -> bool:
     """Whether ``path`` is on a file system of this machine."""
     return isinstance(path, Path)
+
+
+def check_told(path: Path, error: Exception) -> None:
+    """Raises ``error`` where it tells nothing about what is at ``path``: a store that could not be asked."""
+    if not is_local(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def size(path: Path) -> int | None:
+    """Bytes of the file at ``path``; None: there is none. Raises OSError where that cannot be told."""
+    try:
+        return path.stat().st_size if not is_local(path) or path.is_file() else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def entries(path: Path) -> dict[str, bool]:
@@ -86,7 +102,8 @@ def create(path: Path, content: bytes) -> None:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            raise
+            if temporary.stat().st_nlink < 2:  # else it is ours: NFS asks again where an answer was lost
+                raise
         except OSError:  # a file system without links
             with open(path, "xb") as out:
                 out.write(content)

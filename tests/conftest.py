@@ -109,7 +109,7 @@ def take_steps(directory: Any, config: Any, spec: Any, rank: int, size: int) -> 
     build = STRATEGIES[config.strategy.kind].build
     strategy = build(dict(model.named_parameters()), config.strategy, config.optimizer, spec.steps)
     live = Live(directory.path, config, world, 0)
-    nonfinite = NonFinite(directory, world, live, strategy.local, strategy.refuses, lambda: None)
+    nonfinite = NonFinite(directory, world, live, strategy.local, strategy.refuses, lambda: 0)
     requests = Requests(directory, world, strategy.local, live.waits, nonfinite.skips_loss)
     records = list(
         loop._steps(loop.Training(directory, config, spec, world, model, strategy, live, requests, nonfinite))

@@ -1,6 +1,7 @@
 """Checkpoints: what was saved goes on as if nothing had happened, on as many ranks as there are."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparktrain import cli, plan, tokens, verify
 from sparktrain.checkpoints import Checkpoints, Manifest, name_of
@@ -159,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_before_anything_is_updated(
             world,
             False,
             live.waits,
-            NonFinite(directory, world, live, False, False, lambda: None).skips_loss,
+            NonFinite(directory, world, live, False, False, lambda: 0).skips_loss,
         )
         requests.agree(6, 1.0)
         with pytest.raises(Diverged) as caught:
@@ -290,6 +291,27 @@ def test_ranks_that_are_not_the_same_any_more_save_nothing_and_are_named(
 
     assert on_ranks(3, rank_main) == [True] * 3
     assert not directory.checkpoints.directory(name_of(4, generation)).exists()
+
+
+def test_the_newest_checkpoint_is_that_which_rank_0_is_committing(
+    on_ranks: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDir(tmp_path)
+    generation, config, slow = directory.new_generation(), RunConfig(), "checkpoint.manifest"
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def rank_main(rank: int, size: int) -> int:
+        world = World(rank, size, torch.device("cpu"), "host")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+        strategy = strategies.STRATEGIES["adamw"].build(
+            dict(model.named_parameters()), config.strategy, config.optimizer, 10
+        )
+        monkeypatch.setattr(checkpoint.failpoints, "reach", lambda name, **at: time.sleep(name == slow))
+        with checkpoint.Checkpointer(directory, config, world, generation, None, {}) as saver:
+            saver.save(4, model, strategy, [])
+            return saver.newest()
+
+    assert on_ranks(2, rank_main) == [4, 4]
 
 
 def test_an_attempt_that_was_superseded_saves_nothing(

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparktrain import cli, plan, tokens
-from sparktrain.changes import Changes
+from sparktrain.changes import Change, Changes, changed
 from sparktrain.config import RunConfig
 from sparktrain.errors import Changed, Diverged
 from sparktrain.plan import PlanSpec
@@ -31,14 +31,12 @@ from tests.conftest import take_steps, tiny_argv
 
 
 @pytest.fixture
-def poisoned(data: Path, tmp_path: Path) -> tuple[RunDir, PlanSpec, list[int], list[str]]:
+def poisoned(
+    data: Path, planned: tuple[RunDir, PlanSpec], tmp_path: Path
+) -> tuple[RunDir, PlanSpec, list[int], list[str]]:
     """A run of 6 steps of a model that gives no number where a certain token comes, which is in a few of the steps: its
     directory, its plan, those steps, and its arguments."""
-    shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
-    spec, directory = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5), RunDir(tmp_path / "run")
-    directory.plan.mkdir(parents=True)
-    rows = [row._asdict() for row in plan.rows(spec, 0, spec.num_positions)]
-    pq.write_table(pa.Table.from_pylist(rows), directory.plan / "part-0.parquet")
+    directory, spec = planned
     inputs = [set(batch.tokens[:, :-1].flatten().tolist()) for batch in Batches(directory, spec, 0, 1)]
     steps = {token: [i for i, seen in enumerate(inputs) if token in seen] for token in range(512)}
     token = next(token for token, where in steps.items() if 1 < len(where) < 4 and not {0, 1, 5} & {*where})
@@ -61,7 +59,7 @@ def requests_of(path: Path, world: World, local: bool, policy: str = "skip") -> 
         world,
         local,
         live.waits,
-        NonFinite(RunDir(path), world, live, local, False, lambda: None).skips_loss,
+        NonFinite(RunDir(path), world, live, local, False, lambda: 0).skips_loss,
     )
 
 
@@ -150,13 +148,13 @@ def test_ranks_with_steps_of_their_own_skip_alone_and_stay_in_time_for_the_sync(
     assert second == ([step == 2 for step in range(8)], 8, True, True)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "more"), [(1, ()), (2, ()), (2, ("--strategy.kind", "distro"))])
 def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_what_led_there(
-    on_ranks: Callable[..., list[Any]], poisoned: Any, world: int
+    on_ranks: Callable[..., list[Any]], poisoned: Any, world: int, more: tuple[str, ...]
 ) -> None:
     directory, spec, steps, argv = poisoned
     flags = ("--train.on-nonfinite", "rollback", "--checkpoint.every", "2")
-    config = cli.parse(RunConfig, [*argv, *flags])
+    config = cli.parse(RunConfig, [*argv, *flags, *more])
     directory.claim(config)
 
     def rank_main(rank: int, size: int, generation: int) -> Any:
@@ -177,6 +175,31 @@ def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_what_led_there(
     assert result.summary()["skipped_steps"] == len({s for first, last in left_out for s in range(first, last + 1)})
     model = AutoModelForCausalLM.from_pretrained(directory.model)
     assert all(p.isfinite().all() for name, p in model.named_parameters() if "embed_tokens" not in name)
+
+
+def test_what_is_left_out_counts_from_where_the_run_went_back_to_also_after_a_change(
+    on_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    config = RunConfig.model_validate({"train": {"on_nonfinite": "rollback", "max_skipped": 1, "left_out": [[3, 4]]}})
+    changes = Changes(tmp_path)
+    changes.ask("hot", config, changed(config, [Change("", "hot", {"optimizer.lr": 0.5})]))
+    changes.take(100)
+
+    def rank_main(rank: int, size: int) -> list[Any]:
+        world = World(rank, size, torch.device("cpu"), "here")
+        nonfinite = NonFinite(RunDir(tmp_path), world, Live(tmp_path, config, world, 50), False, False, lambda: 50)
+        with pytest.raises(Changed, match="back to the checkpoint after step 50"):
+            nonfinite.skips_loss(110, float("nan"), 0)
+        live = Live(tmp_path, config, world, 50)
+        seen = [(live.at(step).train.leaves_out(step), live.at(step).optimizer.lr) for step in (49, 50, 99, 110, 111)]
+        nonfinite = NonFinite(RunDir(tmp_path), world, live, False, False, lambda: 50)
+        with pytest.raises(Diverged, match="after going back 1 times"):
+            nonfinite.skips_loss(120, float("nan"), 0)
+        return seen
+
+    for seen in on_ranks(2, rank_main):
+        assert [left_out for left_out, _ in seen] == [False, True, True, True, False]
+        assert [lr for _, lr in seen] == [config.optimizer.lr] * 3 + [0.5] * 2
 
 
 def test_the_driver_starts_ranks_again_without_what_led_there(spark: Any, poisoned: Any) -> None:
@@ -237,15 +260,24 @@ def test_a_gradient_that_is_not_finite_is_treated_as_such_a_loss(
 
 
 @pytest.fixture
-def trained_at(on_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path) -> Callable[..., tuple[list[Any], Any]]:
+def planned(data: Path, tmp_path: Path) -> tuple[RunDir, PlanSpec]:
+    """The directory of a run of 6 steps, with its plan, and that."""
+    shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
+    spec, directory = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5), RunDir(tmp_path / "run")
+    directory.plan.mkdir(parents=True)
+    rows = [row._asdict() for row in plan.rows(spec, 0, spec.num_positions)]
+    pq.write_table(pa.Table.from_pylist(rows), directory.plan / "part-0.parquet")
+    return directory, spec
+
+
+@pytest.fixture
+def trained_at(
+    on_ranks: Callable[..., list[Any]], data: Path, planned: tuple[RunDir, PlanSpec]
+) -> Callable[..., tuple[list[Any], Any]]:
     """Train six steps alone with flags: (records, weights)."""
 
     def train(*flags: str) -> tuple[list[Any], Any]:
-        shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
-        spec, directory = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5), RunDir(tmp_path / "run")
-        directory.plan.mkdir(parents=True, exist_ok=True)
-        rows = [row._asdict() for row in plan.rows(spec, 0, spec.num_positions)]
-        pq.write_table(pa.Table.from_pylist(rows), directory.plan / "part-0.parquet")
+        directory, spec = planned
         config = cli.parse(RunConfig, [*tiny_argv(data, directory.path), *flags])
 
         def rank_main(rank: int, size: int) -> tuple[list[Any], Any]:

@@ -177,6 +177,37 @@ def _of_elsewhere(place: Path, token: str = "theirs") -> None:
     storage.create(place / "LOCK", json.dumps(owner).encode())
 
 
+def test_a_process_of_this_machine_that_renews_nothing_is_no_owner_either(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    owner = {
+        "host": socket.gethostname(),
+        "pid": 1,
+        "since": "then",
+        "token": "its",
+    }  # a pid that somebody else has now
+    storage.create(place / "LOCK", json.dumps(owner).encode())
+    with pytest.raises(RunDirBusy, match="in use by process 1 on"), RunDir(place).lock():
+        pass
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1.0)
+    time.sleep(2.1)
+    with RunDir(place).lock():
+        pass
+    assert storage.entries(place) == {}
+
+
+def test_a_store_that_writes_over_what_is_there_locks_nothing(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = storage.place(remote)
+
+    def overwrites(path: Any, content: bytes) -> None:
+        path.write_bytes(content)
+
+    monkeypatch.setattr(storage, "create", overwrites)
+    with pytest.raises(ConfigError, match="writes over what must not be"), RunDir(place).lock():
+        pass
+
+
 def test_a_lock_of_another_machine_is_taken_over_when_it_is_not_renewed(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,6 +377,7 @@ BAD = {
     "memory://runs/x": (2, "has the scheme memory://"),
     "s3://": (2, "names no directory in a bucket"),
     "s3://bucket": (2, "names no directory in a bucket: give s3://BUCKET/DIRECTORY"),
+    "s3://bucket/lr[12]": (2, "has one of *[], which drivers of stores take for a pattern: choose another name"),
     "s3://key:secret@bucket/run": (2, "has a password or a query"),
     "gs://bucket/run": (2, "needs the Python package gcsfs: pip install gcsfs"),
     "s3://no-such-bucket/run": (2, "bucket does not exist; check its bucket, address and credentials"),

@@ -35,7 +35,7 @@ def report(node: int, host: str, **changes: Any) -> dict[str, Any]:
         (("adamw",), 16, 16),  # a parameter, its gradient, two moments
         (("diloco",), 20, 20),  # and the shared parameter: few rounds are averaged
         (("diloco", "--strategy.sync-every", "2"), 24, 24),  # and the outer momentum
-        (("diloco", "--strategy.sync-every", "6", "--strategy.num-fragments", "3"), 24, 24),
+        (("diloco", "--strategy.sync-every", "6", "--strategy.num-fragments", "3", "--strategy.outer", "sgd"), 24, 24),
         (("sparseloco",), 24, 24),
         (("distro",), 12, 17),
         (("distro", "--strategy.overlap"), 12, 17),

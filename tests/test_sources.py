@@ -366,7 +366,7 @@ def test_anything_fsspec_opens_is_a_source() -> None:
 
 
 def test_a_driver_that_is_not_installed_is_named_with_its_package() -> None:
-    for scheme, package in {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}.items():
+    for scheme, package in {"gs": "gcsfs", "abfs": "adlfs"}.items():
         with pytest.raises(DataError, match=f"needs the Python package {package}: pip install {package}") as caught:
             sources.open_source(f"{scheme}://bucket/a.ds")
         one_line(caught)

@@ -71,7 +71,8 @@ class RunResult:
         steps = []
         for step, records in sorted(by_step.items()):
             tokens, first = sum(r.tokens for r in records), records[0]
-            merged: dict[str, Any] = {"step": step, "loss": sum(r.loss_sum for r in records) / tokens, "tokens": tokens}
+            merged: dict[str, Any] = {"step": step, "tokens": tokens}
+            merged["loss"] = sum(r.loss_sum for r in records) / tokens if tokens else math.nan
             merged |= {"lr": first.lr, "heldout_loss": first.heldout_loss}
             merged |= {n: max(getattr(r, n) for r in records) for n in ("grad_norm", "seconds", *TOTALS)}
             merged |= self._against_ring(merged["bytes_received"], [len(records)])

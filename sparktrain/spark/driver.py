@@ -113,6 +113,7 @@ def _write_plan(spark: SparkSession, config: RunConfig, directory: RunDir) -> st
     prepared = _prepare_again(spark, config)
     directory.claim(config)
     if directory.plan_spec() != prepared.spec:
+        directory.drop_plan()
         digesting.write_digests(spark, prepared.spec, config.data, directory.digests)
         planner.write_plan(spark, prepared.spec, directory)
     return prepared.describe()

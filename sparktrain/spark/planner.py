@@ -123,7 +123,7 @@ def write_plan(spark: SparkSession, spec: PlanSpec, directory: RunDir) -> None:
     """Write the plan to the run directory, unless the same plan is there already; ``plan.json`` comes last."""
     if directory.plan_spec() == spec:
         return
-    (directory.path / "plan.json").unlink(missing_ok=True)
+    directory.drop_plan()
     try:
         storage.remove(directory.plan)
         directory.plan.mkdir()

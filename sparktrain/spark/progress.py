@@ -86,7 +86,8 @@ def _plotter(steps: int) -> Iterator[Callable[[Stretch], None]]:
     try:
         yield lambda stretch: live.add(stretch.step, stretch.loss)
     finally:
-        live.draw()
+        with contextlib.suppress(Exception):  # a picture that cannot be shown ends no run
+            live.draw()
 
 
 def _lines(steps: int) -> Iterator[Callable[[Stretch], None]]:

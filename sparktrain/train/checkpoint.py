@@ -10,6 +10,7 @@ tree is JSON in the file's header: nothing is pickled.
 """
 
 import json
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -54,7 +55,7 @@ class Checkpointer:
         self._directory, self._config, self._world, self._generation = directory, config, world, generation
         self._values, self._last = values, start
         self.receipts = Receipts(generation, world.rank, partial(directory.receipts, generation, world.rank))
-        self._first_record = 0
+        self._first_record = self._asked = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -76,7 +77,8 @@ class Checkpointer:
         self.wait()
         self._directory.check_newest(self._generation)
         shared = strategy.extract()
-        compare_digests(exchange_digest(digest(list(shared.values())), self._world.device, None), step)
+        if self._world.size > 1:
+            compare_digests(exchange_digest(digest(list(shared.values())), self._world.device, None), step)
         state = strategy.state_dict()
         own = {"strategy": state["rank"], "random": _random_state(self._world.device)}
         trees: dict[str, Any] = {f"rank-{self._world.rank:05d}.safetensors": own}
@@ -85,9 +87,17 @@ class Checkpointer:
             trees["strategy.safetensors"] = state["shared"]
             weights = models.weights(model, shared)
         packed = {file: pack(tree) for file, tree in trees.items()}
-        new, self._first_record = records[self._first_record :], len(records)
+        new, self._first_record, self._asked = records[self._first_record :], len(records), step
         failpoints.reach("checkpoint.copied", rank=self._world.rank, step=step, generation=self._generation)
         self._writing = self._thread.submit(self._write, step, model, weights, packed, new, self.receipts.take())
+
+    def newest(self) -> int:
+        """Steps of the newest checkpoint, once the one that is being written is there, whoever commits it."""
+        self.wait()
+        deadline = time.monotonic() + self._config.launch.collective_timeout
+        while (found := self._directory.checkpoints.latest_step()) < self._asked and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
 
     def wait(self) -> None:
         """Until the checkpoint being written is there."""

@@ -13,7 +13,7 @@ class Live:
     """Settings of an attempt that goes on with ``first_step`` in ``run_dir``; ``base``: what the run began with."""
 
     def __init__(self, run_dir: Path, base: RunConfig, world: World, first_step: int) -> None:
-        self._changes, self._base, self._world = Changes(run_dir), base, world
+        self._changes, self.base, self._world = Changes(run_dir), base, world
         self._taken: list[Change] = []
         self._known, self._now = 0, base
         self.take(first_step)
@@ -34,5 +34,5 @@ class Live:
         """The settings of ``step``; the same object as long as nothing changes."""
         due = [change for change in self._taken if (change.step or 0) <= step]
         if len(due) != self._known:
-            self._known, self._now = len(due), changed(self._base, due)
+            self._known, self._now = len(due), changed(self.base, due)
         return self._now

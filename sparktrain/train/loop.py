@@ -85,7 +85,7 @@ def train_in(world: World, directory: RunDir, config: RunConfig, spec: PlanSpec,
     failpoints.reach("loaded", rank=world.rank, generation=generation)
     alone = strategy.local and not rounds
     saver = checkpoint.Checkpointer(directory, config, world, generation, start, {"heldout_before": before})
-    nonfinite = NonFinite(directory, world, live, alone, strategy.refuses, saver.wait)
+    nonfinite = NonFinite(directory, world, live, alone, strategy.refuses, saver.newest)
     requests = Requests(directory, world, alone, live.waits, nonfinite.skips_loss)
     training = Training(directory, config, spec, world, model, strategy, live, requests, nonfinite, rounds)
     with saver, pulse.beating(directory.pulse(generation, world.rank), world.rank) as records:
@@ -230,7 +230,7 @@ def _steps(training: Training, first_step: int = 0, receipts: Receipts | None = 
 
 
 def _line(record: StepRecord, spec: PlanSpec) -> str:
-    loss, rate = record.loss_sum / record.tokens, record.tokens / record.seconds
+    loss, rate = record.loss_sum / max(1, record.tokens), record.tokens / record.seconds
     return (
         f"step {record.step + 1}/{spec.steps}  loss {loss:.4f}  lr {record.lr:.2e}  grad norm {record.grad_norm:.3f}  "
         f"{rate:,.0f} tokens/s of this rank  {record.payload_bytes:,} bytes"

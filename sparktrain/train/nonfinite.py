@@ -14,10 +14,11 @@ from sparktrain.train.world import World
 
 class NonFinite:
     """The policy of a rank in the run of ``directory``. ``local``: its ranks take steps of their own; ``refused``: the
-    strategy sees to gradients by itself; ``saved``: returns when the checkpoint that is being written is there."""
+    strategy sees to gradients by itself; ``saved``: steps of the newest checkpoint, once that which is being written is
+    there."""
 
     def __init__(
-        self, directory: RunDir, world: World, live: Live, local: bool, refused: bool, saved: Callable[[], None]
+        self, directory: RunDir, world: World, live: Live, local: bool, refused: bool, saved: Callable[[], int]
     ) -> None:
         self._directory, self._world, self._live, self._local, self._refused = directory, world, live, local, refused
         self._saved = saved
@@ -55,17 +56,18 @@ class NonFinite:
 
     def _go_back(self, step: int, found: str, rank: int, config: RunConfig) -> NoReturn:
         """Leave word for all attempts to come, once, and end this one."""
-        self._saved()
-        known, saved = config.train.left_out, self._directory.checkpoints.latest_step()
+        saved, known = self._saved(), config.train.left_out
         if not self._local:  # rank 0 is the one that commits
             saved = int(self._world.broadcast_bytes(str(saved).encode()))
             rank = 0
         if not saved:
             raise Diverged(f"{found}, with no checkpoint to go back to: lower optimizer.lr or checkpoint.every")
-        if len(known) >= config.train.max_skipped:
-            raise Diverged(f"{found}, after going back {len(known)} times: lower optimizer.lr or check the data")
+        if (times := len(known) - len(self._live.base.train.left_out)) >= config.train.max_skipped:
+            raise Diverged(f"{found}, after going back {times} times: lower optimizer.lr or check the data")
         if rank == self._world.rank:
             left_out = (*known, (saved, step))
             after = config.model_copy(update={"train": config.train.model_copy(update={"left_out": left_out})})
-            Changes(self._directory.path).ask("hot", config, after)
+            Changes(self._directory.path).ask("hot", config, after, step=saved)
+        if not self._local:  # nobody ends before it is written down
+            self._world.broadcast_bytes(b"")
         raise Changed(f"{found}: back to the checkpoint after step {saved}, without the updates from there to this one")

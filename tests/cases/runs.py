@@ -103,7 +103,9 @@ START = [
     Case("run.dir cannot be made", flags("--run.dir", "/proc/none/x"), 2, "run.dir /proc/none/x cannot be made: "),
     Case("run.dir's name too long", flags("--run.dir", "x" * 5000), 2, "run.dir .*xxx cannot be made: File name too l"),
     Case("run.dir holds other things", start(written("novel.txt", "x")), 2, "is not empty and holds no sparktrain run"),
-    Case("run.dir in use", start(holder()), 5, "is in use by process 12 on node7 since 2026-01-01.*remove .*LOCK"),
+    Case(
+        "run.dir in use", start(holder()), 5, "is in use by process 12 on node7 since 2026-01-01.*taken over after 60 s"
+    ),
     Case("run.dir in use by us", start(holder(host=os.uname().nodename, pid=os.getpid())), 5, "is in use by process "),
     Case("lock of nobody", start(written("LOCK", "")), 5, "is in use by process unknown on an unknown host"),
     Case("run.json torn", again(changed("run.json", lambda c: c[:20])), 2, "has a run.json that is none: choose anot"),
