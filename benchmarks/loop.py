@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from sparktrain import plan
 from sparktrain.config import RunConfig
@@ -27,8 +28,8 @@ from sparktrain.train import loop, models
 from sparktrain.train.live import Live
 from sparktrain.train.nonfinite import NonFinite
 from sparktrain.train.requests import Requests
-from sparktrain.train.strategies import STRATEGIES
-from sparktrain.train.world import start_world
+from sparktrain.train.strategies import STRATEGIES, Strategy
+from sparktrain.train.world import World, start_world
 
 VOCAB, LENGTH, BATCH, MICRO = 4096, 256, 8, 8
 SIZES = {
@@ -77,6 +78,16 @@ def bare_step(model: torch.nn.Module, config: RunConfig, batches: list[torch.Ten
     return step
 
 
+def ready(
+    run: RunDir, config: RunConfig, spec: plan.PlanSpec, world: World, model: PreTrainedModel, strategy: Strategy
+) -> loop.Training:
+    """A rank that is ready for its steps."""
+    live = Live(run.path, config, world, 0)
+    nonfinite = NonFinite(run, world, live, strategy.local, strategy.refuses, lambda: 0)
+    requests = Requests(run, world, strategy.local, live.waits, nonfinite.skips_loss)
+    return loop.Training(run, config, spec, world, model, strategy, live, requests, nonfinite)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
@@ -89,11 +100,7 @@ def main() -> None:
         )
         step = bare_step(theirs, config, [batch.tokens for batch in loop.Batches(run, spec, 0, 1)])
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
-        live = Live(run.path, config, world, 0)
-        nonfinite = NonFinite(run, world, live, strategy.local, strategy.refuses, lambda: 0)
-        requests = Requests(run, world, strategy.local, live.waits, nonfinite.skips_loss)
-        training = loop.Training(run, config, spec, world, ours, strategy, live, requests, nonfinite)
-        steps_of_ours = loop._steps(training)
+        steps_of_ours = loop._steps(ready(run, config, spec, world, ours, strategy))
         for i in range(steps):
             for name, act in (("sparktrain", lambda: next(steps_of_ours)), ("bare", lambda i=i: step(i))):
                 began = time.process_time()

@@ -22,14 +22,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from loop import BATCH, LENGTH, SIZES, prepare
+from loop import BATCH, LENGTH, SIZES, prepare, ready
 
 from sparktrain import plan
 from sparktrain.results import StepRecord
 from sparktrain.rundir import RunDir
 from sparktrain.train import loop, models
-from sparktrain.train.live import Live
-from sparktrain.train.requests import Requests
 from sparktrain.train.strategies import STRATEGIES
 from sparktrain.train.world import World, start_world
 
@@ -82,10 +80,7 @@ def train(run: RunDir, config: Any, spec: plan.PlanSpec, world: World) -> list[S
     model = models.build(config, world)
     build = STRATEGIES["adamw"].build
     strategy = build(dict(model.named_parameters()), config.strategy, config.optimizer, config.train.steps)
-    live = Live(run.path, config, world, 0)
-    requests = Requests(run, world, strategy.local, live.waits)
-    training = loop.Training(run, config, spec, world, model, strategy, live, requests)
-    return list(loop._steps(training))[_FIRST:]
+    return list(loop._steps(ready(run, config, spec, world, model, strategy)))[_FIRST:]
 
 
 def main() -> None:
