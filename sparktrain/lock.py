@@ -2,7 +2,8 @@
 
 Its holder renews it every few seconds. The lock of a process that is gone from this machine is taken over at once; that
 of any other when it was not renewed for a minute, by the clock of the file system or store that it is on: nobody here
-can look at another machine's, and a process that has the same number here may be another. A holder that was cut off and comes back sees that and ends its run: ``Held``.
+can look at another machine's, and a process that has the same number here may be another. A holder that was cut off and
+comes back sees that and ends its run: ``Held``.
 
 A file is renewed by its time; where that cannot be set, and an object, by another one beside it, ``LOCK.<token>.beat``,
 which only its holder writes: so nobody ever writes over another's lock.

@@ -30,8 +30,8 @@ class Train(Section):
     max_skipped: int = Field(5, ge=1)
     """Stop, too, after so many skipped steps in a row, or after going back so many times."""
     left_out: tuple[tuple[int, int], ...] = ()
-    """Steps whose update is left out, as [[first, last], ...]: their data is read, nothing is learned from it. Rounds of
-    diloco and sparseloco end all the same: an outer momentum moves on, by what it remembers."""
+    """Steps whose update is left out, as [[first, last], ...]: their data is read, nothing is learned from it. Rounds
+    of diloco and sparseloco end all the same: an outer momentum moves on, by what it remembers."""
 
     def leaves_out(self, step: int) -> bool:
         """Whether the update of ``step`` is left out."""
