@@ -52,7 +52,11 @@ def test_round_trip(values, area, chunks, seed, data):
     elif values == "2bit":
         assert torch.equal(got_value.sign(), value.sign())
         assert (got_value.unique(dim=1).abs() <= 1.01 * value.abs().max()).all()
-        assert ((got_value - value).abs().sum(1) <= 0.51 * value.abs().sum(1)).all()
+        # Sizes are the means of those above and below the mean, rounded to eight bits: no worse than that mean for all.
+        sent, squares = value != 0, value.square().sum(1)
+        mean = value.abs().sum(1, keepdim=True) / sent.sum(1, keepdim=True).clamp(min=1)
+        spread = ((value.abs() - mean) * sent).square().sum(1)
+        assert ((got_value - value).square().sum(1) <= spread + 1e-4 * squares).all()
     else:
         assert torch.equal(got_value, value)
 
