@@ -83,6 +83,14 @@ def train(run: RunDir, config: Any, spec: plan.PlanSpec, world: World) -> list[S
     return list(loop._steps(ready(run, config, spec, world, model, strategy)))[_FIRST:]
 
 
+def say(where: str, records: list[StepRecord]) -> None:
+    waited = [record.data_seconds for record in records]
+    print(
+        f"{where}: {100 * sum(waited) / sum(r.seconds for r in records):.2f} % of the time is waiting; "
+        f"median {1000 * statistics.median(waited):.2f} ms, longest {1000 * max(waited):.2f} ms"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=25)
@@ -97,6 +105,7 @@ def main() -> None:
         seconds = statistics.median(record.seconds - record.data_seconds for record in records)
         rate = BATCH * 2 * (LENGTH + 1) / seconds
         print(f"a step takes {1000 * seconds:.1f} ms and needs {BATCH} sequences: {rate / 1000:,.1f} kB/s")
+        say("local shards", records)
         for multiple in options.multiples:
             ours, theirs = multiprocessing.Pipe()
             context = multiprocessing.get_context("spawn")
@@ -111,12 +120,7 @@ def main() -> None:
             records = train(other, config, there, world)
             server.terminate()
             server.join()
-            waited = [record.data_seconds for record in records]
-            print(
-                f"a server of {multiple} times that: {100 * sum(waited) / sum(r.seconds for r in records):5.2f} % of "
-                f"the time is waiting; median {1000 * statistics.median(waited):.2f} ms, longest "
-                f"{1000 * max(waited):.2f} ms"
-            )
+            say(f"a server of {multiple} times that", records)
 
 
 if __name__ == "__main__":
