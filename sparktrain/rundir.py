@@ -160,6 +160,7 @@ class RunDir(Attempts):
     def new_generation(self) -> int:
         """Start an attempt: the first free number, taken in a way that only one caller can win."""
         self.check_owner()
+        self._sweep()
         for name in (SAVE, STOP):
             self.request_path(name).unlink(missing_ok=True)
         number = self.latest_generation() + 1
@@ -170,6 +171,12 @@ class RunDir(Attempts):
                 return number
             except FileExistsError:
                 number += 1
+
+    def _sweep(self) -> None:
+        """Remove what processes of attempts that are over had half written when they were killed."""
+        if storage.is_local(self.path):
+            for half in self.path.glob("gen/*/.*.tmp"):
+                half.unlink(missing_ok=True)
 
     def drop_plan(self) -> None:
         """There is no plan any more, whatever is left of its files."""
@@ -182,6 +189,7 @@ class RunDir(Attempts):
 
     def write_result(self, result: RunResult) -> None:
         self.check_owner()
+        self._sweep()
         write_table(self.path / "metrics.parquet", result.rank_table)
         write_table(self.path / "windows.parquet", result.windows)
         write_json(self.path / "result.json", result.summary())

@@ -131,3 +131,12 @@ def test_files_that_are_none_are_told_in_one_line(tmp_path: Path, text: str) -> 
     with pytest.raises(ConfigError, match=r"run\.dir .* has a run\.json that is none"):
         directory.check(RunConfig())
     assert directory.plan_spec() is None
+
+
+def test_what_a_killed_process_had_half_written_is_swept(tmp_path: Path) -> None:
+    directory = RunDir(tmp_path / "run")
+    half = directory.generation(directory.new_generation()) / ".rank-00001.pickle.0123.tmp"
+    half.write_bytes(b"half")
+    directory.new_generation()
+    assert not half.exists()
+    assert half.parent.is_dir()
