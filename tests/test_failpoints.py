@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from sparktrain import cli, failpoints, plan, tokens
+from sparktrain import atomic, cli, failpoints, plan, storage, tokens
 from sparktrain.config import RunConfig
 from sparktrain.plan import PlanSpec
 from sparktrain.rundir import RunDir
@@ -43,6 +42,30 @@ def _rank(config: RunConfig, spec: PlanSpec, number: int, rank: int, world: int,
     os._exit(0)
 
 
+def attempt_at(place: Path, data: Path, spec: PlanSpec, stores: Path, armed: str) -> list[int]:
+    """Two ranks, which meet by a file in ``stores``, train by ``spec`` at ``place``, a checkpoint every 2 steps; their
+    exit statuses."""
+    directory = RunDir(place)
+    if not storage.entries(directory.plan):
+        directory.plan.mkdir(parents=True)
+        rows = pa.Table.from_pylist([row._asdict() for row in plan.rows(spec, 0, spec.num_positions)])
+        atomic.write_table(directory.plan / "part-0.parquet", rows)
+    argv = tiny_argv(data, place, "--checkpoint.every", "2", "--launch.collective-timeout", "20")
+    config, number = cli.parse(RunConfig, argv), directory.new_generation()
+    context, store = multiprocessing.get_context("fork"), str(stores / f"store-{place.parent.name}-{number}")
+    ranks: list[Any] = [
+        context.Process(target=_rank, args=(config, spec, number, rank, 2, store, armed)) for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    while any(rank.exitcode is None for rank in ranks):
+        time.sleep(0.02)
+        if any(rank.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.kill()  # as torchrun does with what is left
+    return [rank.exitcode for rank in ranks]
+
+
 @pytest.fixture
 def attempt(data: Path) -> Callable[..., list[int]]:
     """``attempt(directory, armed)``: two ranks train 6 steps, a checkpoint every 2; their exit statuses."""
@@ -51,29 +74,7 @@ def attempt(data: Path) -> Callable[..., list[int]]:
     torch.set_num_threads(1)  # a forked process hangs where OpenMP's threads have started
     shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
     spec = PlanSpec(shards, sequence_length=32, total_batch=8, steps=6, seed=5)
-
-    def run(path: Path, armed: str = "") -> list[int]:
-        directory = RunDir(path)
-        if not directory.plan.exists():
-            directory.plan.mkdir(parents=True)
-            rows = [row._asdict() for row in plan.rows(spec, 0, spec.num_positions)]
-            pq.write_table(pa.Table.from_pylist(rows), directory.plan / "part-0.parquet")
-        argv = tiny_argv(data, path, "--checkpoint.every", "2", "--launch.collective-timeout", "20")
-        config, number = cli.parse(RunConfig, argv), directory.new_generation()
-        context, store = multiprocessing.get_context("fork"), str(path / f"store-{number}")
-        ranks: list[Any] = [
-            context.Process(target=_rank, args=(config, spec, number, rank, 2, store, armed)) for rank in range(2)
-        ]
-        for rank in ranks:
-            rank.start()
-        while any(rank.exitcode is None for rank in ranks):
-            time.sleep(0.02)
-            if any(rank.exitcode for rank in ranks):
-                for rank in ranks:
-                    rank.kill()  # as torchrun does with what is left
-        return [rank.exitcode for rank in ranks]
-
-    return run
+    return lambda path, armed="": attempt_at(path, data, spec, path, armed)
 
 
 @pytest.fixture(scope="module")

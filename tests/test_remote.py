@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
-from sparktrain import atomic, cli, lock, plan, storage, tokens
+from sparktrain import atomic, cli, lock, storage, tokens
 from sparktrain.checkpoints import Checkpoints, Manifest, name_of
 from sparktrain.config import RunConfig
 from sparktrain.errors import ConfigError, ModelError, RunDirBusy, Superseded
@@ -28,6 +27,7 @@ from sparktrain.rundir import SAVE, RunDir
 from sparktrain.spark import audit, driver
 from sparktrain.verify import Verify, verify
 from tests.conftest import tiny_argv
+from tests.test_failpoints import attempt_at
 
 for package in ("moto", "s3fs", "upath"):
     pytest.importorskip(package)
@@ -270,37 +270,11 @@ def spec(data: Path) -> PlanSpec:
 @pytest.fixture
 def attempt(data: Path, spec: PlanSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """``attempt(place, armed)``: two ranks train 6 steps, a checkpoint every 2; their exit statuses."""
-    import multiprocessing
-
     import torch
-
-    from tests.test_failpoints import _rank
 
     torch.set_num_threads(1)  # a forked process hangs where OpenMP's threads have started
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # as the task does, for those that are killed
-
-    def run(place: Path, armed: str = "") -> list[int]:
-        directory = RunDir(place)
-        if not storage.entries(directory.plan):
-            directory.plan.mkdir(parents=True)
-            rows = pa.Table.from_pylist([row._asdict() for row in plan.rows(spec, 0, spec.num_positions)])
-            atomic.write_table(directory.plan / "part-0.parquet", rows)
-        argv = tiny_argv(data, place, "--checkpoint.every", "2", "--launch.collective-timeout", "20")
-        config, number = cli.parse(RunConfig, argv), directory.new_generation()
-        context, store = multiprocessing.get_context("fork"), str(tmp_path / f"store-{place.parent.name}-{number}")
-        ranks: list[Any] = [
-            context.Process(target=_rank, args=(config, spec, number, rank, 2, store, armed)) for rank in range(2)
-        ]
-        for rank in ranks:
-            rank.start()
-        while any(rank.exitcode is None for rank in ranks):
-            time.sleep(0.02)
-            if any(rank.exitcode for rank in ranks):
-                for rank in ranks:
-                    rank.kill()  # as torchrun does with what is left
-        return [rank.exitcode for rank in ranks]
-
-    return run
+    return lambda place, armed="": attempt_at(place, data, spec, tmp_path, armed)
 
 
 def _ask_for_a_checkpoint(directory: RunDir, generation: int) -> None:
