@@ -5,7 +5,6 @@
     checkpoints/000000100-g000003/       parts; a Hugging Face model directory too
     checkpoints/000000100-g000003.json   manifest: sha256 and size of every part; without it there is no checkpoint
     checkpoints/000000100-g000003.pin    made by hand: never remove this one
-
     checkpoints/000000100-g000003.gone   in an object store: its parts are being removed
 
 A name holds the step and the attempt, so none is written twice. Manifests stay when their parts are removed: the
@@ -143,8 +142,7 @@ class Checkpoints:
                 damages.append(str(error))
                 continue
             self.check_own(manifest)
-            damage = self.damage(manifest)
-            if damage is None:
+            if (damage := self.damage(manifest)) is None:
                 return manifest, damages
             damages.append(f"checkpoint {name} is damaged: {damage}")
         return None, damages
@@ -189,6 +187,8 @@ class Checkpoints:
         for name, is_directory in storage.entries(self.path).items():
             if is_directory and name not in known:
                 self._remove(name)
+            elif name.endswith(".tmp"):  # a manifest, half written
+                (self.path / name).unlink(missing_ok=True)
         for name in known:  # of one that was committed and then killed
             for file in storage.entries(self.directory(name)):
                 if file.startswith(".rank-") and file.endswith(".json"):
