@@ -175,7 +175,7 @@ class RunDir(Attempts):
     def _sweep(self) -> None:
         """Remove what processes of attempts that are over had half written when they were killed."""
         if storage.is_local(self.path):
-            for half in self.path.glob("gen/*/.*.tmp"):
+            for half in self.path.glob("gen/*/*.tmp"):
                 half.unlink(missing_ok=True)
 
     def drop_plan(self) -> None:

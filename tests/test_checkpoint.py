@@ -218,9 +218,12 @@ def test_what_was_not_committed_does_not_exist_and_is_swept(
     torn = checkpoints.directory(name_of(4, 1))
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
+    manifest = checkpoints.path / f".{torn.name}.json.0123.tmp"
+    manifest.write_bytes(b"{")
     assert checkpoints.newest()[0] == checkpoints.read(name_of(2, 1))
     start(tmp_path, 1)
     assert not torn.exists()
+    assert not manifest.exists()
 
 
 def test_old_checkpoints_go_but_for_those_that_are_kept(tmp_path: Path) -> None:
