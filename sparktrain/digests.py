@@ -1,4 +1,4 @@
-"""What each microshard's bytes must be: crc32 of them, from before training, and looked up as they are read.
+"""What each microshard's bytes must be: crc32 of them, from before training, and compared as they are read.
 
 One file per shard, ``00000.u4``: a little-endian uint32 for each microshard. The driver has them made by executors
 (``spark/digesting.py``), of the shards that cost no second transfer; a shard without a file is not checked.
@@ -17,31 +17,34 @@ from sparktrain.tokens.shard import Shard
 
 class Digests:
     """Those in ``directory`` of ``shards``, whose microshards begin at ``firsts`` ``[len(shards) + 1]``. Files are read
-    when they are first needed. Safe from several threads."""
+    when they are first needed."""
 
     def __init__(self, directory: Path, shards: Sequence[Shard], firsts: Ints) -> None:
         self._directory = directory
         self._places = {shard.path: (n, int(firsts[n]), int(firsts[n + 1])) for n, shard in enumerate(shards)}
         self._known: dict[str, npt.NDArray[np.uint32] | None] = {}
 
-    def check(self, path: str, microshard_ids: Ints, digests: Sequence[int]) -> None:
-        """Raises :class:`DataError` where a microshard of the shard at ``path`` is to have another digest."""
-        if path not in self._known:
-            self._known[path] = self._read(path)
-        known, (_, first, end) = self._known[path], self._places[path]
-        if known is None:
-            return
-        if microshard_ids.min() < first or microshard_ids.max() >= end:
-            strange = next(i for i in microshard_ids.tolist() if not first <= i < end)
-            raise DataError(f"the plan has microshard {strange} in shard {path}, which it is not of: it was "
-                            "changed; start again in another run.dir")  # fmt: skip
-        expected, found = known[microshard_ids - first], np.array(digests, dtype=np.uint32)
-        if (expected != found).any():
-            at = int(np.argmax(expected != found))
-            raise DataError(
-                f"shard {path} has other bytes than when the run was planned: sequence {microshard_ids[at] - first} "
-                f"has crc32 {found[at]:08x}, had {expected[at]:08x}; restore the shard"
-            )
+    def of(self, paths: Sequence[str], path: Ints, microshard_id: Ints) -> Ints:
+        """``[n]`` int64: what each microshard of ``paths[path]`` is to have; -1: that is not known. Raises
+        :class:`DataError` for a microshard that its shard has not."""
+        found = np.full(len(path), -1, dtype=np.int64)
+        order = np.argsort(path, kind="stable")
+        bounds = np.searchsorted(path[order], np.arange(len(paths) + 1)).tolist()
+        for name, begin, end in zip(paths, bounds, bounds[1:], strict=False):
+            if begin == end:
+                continue
+            if name not in self._known:
+                self._known[name] = self._read(name)
+            known, (_, first, last) = self._known[name], self._places[name]
+            if known is None:
+                continue
+            ids = microshard_id[order[begin:end]]
+            if ids.min() < first or ids.max() >= last:
+                strange = next(i for i in ids.tolist() if not first <= i < last)
+                raise DataError(f"the plan has microshard {strange} in shard {name}, which it is not of: it was "
+                                "changed; start again in another run.dir")  # fmt: skip
+            found[order[begin:end]] = known[ids - first]
+        return found
 
     def _read(self, path: str) -> npt.NDArray[np.uint32] | None:
         number, first, end = self._places[path]

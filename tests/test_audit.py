@@ -21,7 +21,7 @@ from sparktrain.config import RunConfig
 from sparktrain.errors import DataError, LaunchError, ModelError
 from sparktrain.lineage import Committed, committed
 from sparktrain.plan import PlanSpec
-from sparktrain.receipts import Receipts
+from sparktrain.receipts import Receipt, Receipts
 from sparktrain.rundir import RunDir
 from sparktrain.spark import audit, digesting, index, planner
 from sparktrain.spark.checks import CHECKS
@@ -348,7 +348,7 @@ def test_other_bytes_than_planned_are_not_trained_on(run: RunDir, copy: RunDir) 
         shard.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         for _ in range(bad.step):
             next(batches)
-        where = f"sequence {bad.start // 32} has crc32"
+        where = f"sequence at token {bad.start} has crc32"
         with pytest.raises(DataError, match=rf"shard {shard} has other bytes than .* {where} \w+, had \w+; restore"):
             next(batches)
     finally:
@@ -386,7 +386,8 @@ def test_what_cannot_be_audited_is_one_line(
 
 def test_receipts_that_cannot_be_written_end_the_run_in_one_line(tmp_path: Path) -> None:
     given = Receipts(1, 0, lambda step: tmp_path / "gone" / f"{step}")
-    given.add([(0, 0, 5, 77, 32)])
+    one = np.array([5])
+    given.add(Receipt(0, one, one, [77], one))
     with pytest.raises(LaunchError, match=r"receipts could not be written to .*gone/1: No such file") as caught:
         given.write()
     assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sparktrain import cli, plan, tokens
 from sparktrain.config import Data, RunConfig
+from sparktrain.digests import file_of
 from sparktrain.errors import DataError
 from sparktrain.plan import Assignment, PlanSpec, Share
 from sparktrain.rundir import RunDir
@@ -168,6 +170,56 @@ def test_shards_that_come_through_a_cache_give_the_same_batches(
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, local, strict=True))
 
 
+def promise(directory: RunDir, spec: PlanSpec) -> None:
+    """Digests of all windows, as executors write them down."""
+    directory.digests.mkdir()
+    for number, shard in enumerate(spec.shards):
+        stored = np.fromfile(shard.path.removeprefix("local://"), dtype="<u2")
+        starts = 32 * np.arange(np.diff(spec.first_microshards)[number])
+        found = [crc32(stored[start : start + spec.window_length].tobytes()) for start in starts.tolist()]
+        file_of(directory.digests, number).write_bytes(np.array(found, dtype="<u4").tobytes())
+
+
+@pytest.mark.parametrize("window", ["overlap1", "psyche"])
+@pytest.mark.parametrize(
+    ("batch", "changes"), [(10, {}), (100, {"block": 7}), (3, {"order": "sequential"}), (1300, {"order": "sequential"})]
+)
+def test_promised_windows_are_those_of_the_plan_in_any_order(
+    planned: tuple[RunDir, PlanSpec], tmp_path: Path, window: Any, batch: int, changes: dict[str, Any]
+) -> None:
+    """Many steps are read at once, and windows that follow one another by one system call, 1,024 at most."""
+    spec = replace(planned[1], window=window, total_batch=batch, steps=30 if batch < 1000 else 2, **changes)
+    write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+    promise(RunDir(tmp_path), spec)
+    found = list(Batches(RunDir(tmp_path), spec, 0, 1))
+    stored = {shard.path: np.fromfile(shard.path, dtype="<u2") for shard in spec.shards}
+    for step, got in enumerate(found):
+        rows = plan.rows(spec, step * batch, step * batch + batch)
+        assert got.tokens.tolist() == [stored[row.path][row.start : row.start + row.length].tolist() for row in rows]
+    assert len(found) == spec.steps
+
+
+def test_a_window_that_decayed_in_the_cache_is_fetched_again(planned: tuple[RunDir, PlanSpec], tmp_path: Path) -> None:
+    _, spec = planned
+    far = tuple(
+        replace(s, path=f"local://{s.path}", num_bytes=len(raw), sha256=sha256(raw).hexdigest())
+        for s in spec.shards
+        for raw in [Path(s.path).read_bytes()]
+    )
+    there, directory = replace(spec, shards=far), RunDir(tmp_path)
+    write(tmp_path, plan.rows(there, 0, there.num_positions))
+    promise(directory, there)
+    open_ = opener(Data(cache_dir=tmp_path / "cache"), known(far))
+    fresh = list(Batches(directory, there, 0, 1, opener=open_, cached=True))
+    entry, at = tmp_path / "cache" / far[1].sha256, 2 * 32 * 40 + 9
+    content = entry.read_bytes()
+    entry.chmod(0o600)
+    entry.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+    again = list(Batches(directory, there, 0, 1, opener=open_, cached=True))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(fresh, again, strict=True))
+    assert entry.read_bytes() == content
+
+
 def test_joined_windows_keep_their_labels(tmp_path: Path) -> None:
     tokens_ = np.random.default_rng(0).integers(0, 512, 1000)
     ds.write(tmp_path / "a.ds", [tokens_], 512, "random")
@@ -209,7 +261,7 @@ def test_ranges_cover_windows_once_whatever_joins_them() -> None:
     for length, most in ((33, 1), (33, 200), (32, 1 << 20)):
         path, start = rng.integers(0, 3, 200), 32 * rng.integers(0, 90, 200)
         at = np.arange(200)
-        share = Share(0, at, at, at, at, path, start, ["a", "b", "c"], length)
+        share = Share(0, at, at, at, at, path, start, ["a", "b", "c"], length, at)
         found = {}
         for range_ in share.ranges(most):
             assert range_.length <= max(most, length)
@@ -271,8 +323,8 @@ def test_psyches_windows_give_the_loss_that_psyche_has_of_them(data: Path, tmp_p
     shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
     spec = PlanSpec(shards, sequence_length=32, total_batch=10, steps=2, seed=5, window="psyche")
     write(tmp_path, plan.rows(spec, 0, spec.num_positions))
-    batch = next(iter(Batches(RunDir(tmp_path), spec, 0, 1))).tokens
-    assert batch.shape == (10, 32)
+    batch = next(iter(Batches(RunDir(tmp_path), spec, 0, 1))).to(torch.device("cpu")).tokens
+    assert (batch.shape, batch.dtype) == ((10, 32), torch.int64)
     config = cli.parse(RunConfig, tiny_argv(data, tmp_path / "run"))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.model_config(config)).eval()

@@ -105,7 +105,7 @@ def test_a_row_group_is_read_alone_and_once_for_all_windows_in_it(tmp_path: Path
     open_source = sources.open_source(str(path))
 
     class Counting:
-        uri = str(path)
+        uri, descriptor = str(path), None
 
         def size(self) -> int:
             return open_source.size()

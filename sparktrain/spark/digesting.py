@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 from pyspark.sql import SparkSession
+from zlib_ng.zlib_ng import crc32
 
 from sparktrain import storage
 from sparktrain.atomic import write
@@ -62,11 +62,11 @@ def _digest(spec: PlanSpec, data: Data, directory: Path, batches: Iterable[pa.Re
 def _digests_of(file: TokenFile, stride: int, count: int, length: int) -> Iterator[int]:
     """Of each of ``count`` windows of ``length`` tokens, ``stride`` apart; where they are tokens as stored and nothing
     else, many are read at a time and none is decoded."""
-    if not file.bare:
+    if not file.shard.bare:
         for i in range(count):
             yield file.digest_of(file.window(i * stride, length, documents=False))
         return
-    size, most = file.dtype.itemsize, max(1, _RANGE // stride)
+    size, most = file.shard.token_size, max(1, _RANGE // stride)
     for first in range(0, count, most):
         number = min(most, count - first)
         raw = memoryview(file.stored(first * stride, (number - 1) * stride + length))

@@ -9,13 +9,13 @@ the bytes are is ``sources/``.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
 
 from sparktrain.errors import DataError
 from sparktrain.tokens import ds, foreign, megatron, npy, parquet, raw, sources
@@ -124,21 +124,32 @@ class TokenFile:
         masked = "labels" in shard.columns and not rows
         self._mask = open_source(f"{shard.path}.loss", open_if_there) if masked else None
         self._ends: Ints | None = None
-        self.dtype = np.dtype(f"<{'i' if shard.signed else 'u'}{shard.token_size}")
-        # Tokens one after the other and nothing else: what stored() can read.
-        self.bare = not rows and not masked
 
     def stored(self, start: int, length: int) -> bytes:
-        """Tokens [start, start + length) as they are stored, of type ``dtype``; of a file that is ``bare``."""
-        size = self.dtype.itemsize
+        """Tokens [start, start + length) as they are stored; of a shard that is ``bare``."""
+        size = self.shard.token_size
         return self._source.read(self.shard.offset + start * size, length * size)
+
+    def fill(self, starts: Sequence[int], rows: Sequence[Sequence[memoryview]], verified: bool) -> None:
+        """The same, from each of ``starts`` as many bytes as its writable rows take, one after the other. Not
+        ``verified``: as a disk of this machine has them, whatever sums of them it keeps; for who knows what comes."""
+        size, offset, descriptor = self.shard.token_size, self.shard.offset, self._source.descriptor
+        if descriptor is not None and not verified:
+            wanted = sum(map(len, chain.from_iterable(rows)))
+            if sum(map(os.preadv, repeat(descriptor), rows, [offset + start * size for start in starts])) == wanted:
+                return
+        for start, parts in zip(starts, rows, strict=True):
+            at = start
+            for row in parts:
+                row[:] = self.stored(at, len(row) // size)
+                at += len(row) // size
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Tokens [start, start + length), as int64 ``[length]``; of rows, whole ones."""
         self._check_rows(start, length)
         if self._rows:
             return self._rows.read(start // self.shard.row_length, (start + length) // self.shard.row_length).tokens
-        return np.frombuffer(self.stored(start, length), dtype=self.dtype).astype(np.int64)
+        return np.frombuffer(self.stored(start, length), dtype=self.shard.dtype).astype(np.int64)
 
     def window(self, start: int, length: int, documents: bool = True) -> Window:
         """Tokens [start, start + length) with what comes with them: labels, positions, lengths of the documents; those
@@ -159,10 +170,7 @@ class TokenFile:
     def digest_of(self, window: Window) -> int:
         """crc32 of a window of this file: of the bytes as they are stored, where these are tokens and nothing else; or
         of all numbers (:meth:`Window.digest`)."""
-        if self._rows or self._mask:
-            return window.digest()
-        kind = f"<{'i' if self.shard.signed else 'u'}{self.shard.token_size}"
-        return crc32(window.tokens.astype(kind).data)
+        return crc32(window.tokens.astype(self.shard.dtype).data) if self.shard.bare else window.digest()
 
     def document_ends(self) -> Ints:
         """Ends of the documents in tokens, exclusive; empty where no boundaries are known."""

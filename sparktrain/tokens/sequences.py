@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
 
 Ints = npt.NDArray[np.int64]
 
@@ -43,7 +43,7 @@ class Sequences:
     """n windows of L tokens; what no window of them has is None, what some lack is filled in.
 
     Args:
-        tokens: ``[n, L]``.
+        tokens: ``[n, L]``; as stored where nothing comes with them, else int64.
         labels: ``[n, L]``, see :class:`Window`.
         position_ids: ``[n, L]``.
         sequence_lengths: one array per window.

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -38,6 +40,16 @@ class Shard:
     columns: tuple[str, ...] = ()
     num_bytes: int = 0
     sha256: str = ""
+
+    @property
+    def dtype(self) -> "np.dtype[Any]":
+        """Of a token as stored."""
+        return np.dtype(f"<{'i' if self.signed else 'u'}{self.token_size}")
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is tokens one after the other and nothing else."""
+        return not self.row_length and not self.columns
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Shard":

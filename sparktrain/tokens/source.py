@@ -12,6 +12,10 @@ class Source(Protocol):
 
     uri: str
 
+    @property
+    def descriptor(self) -> int | None:
+        """An open file of this machine that begins with the same bytes, unless it decayed; None: there is none."""
+
     def size(self) -> int:
         """Bytes."""
 

@@ -20,7 +20,7 @@ from sparktrain.tokens.sequences import IGNORED, Sequences
 class Batch:
     """``labels``: the token at its own place, or ``IGNORED``; None: every token but each row's first is a target.
     ``position_ids``: where one is not the next after the one before it, a document begins, which is attended to alone;
-    None: a row is one. All ``[n, L]`` int64."""
+    None: a row is one. All ``[n, L]`` int64, but tokens may be of the type that they are stored in until :meth:`to`."""
 
     tokens: torch.Tensor
     labels: torch.Tensor | None = None
@@ -50,10 +50,11 @@ class Batch:
     def arrays(self) -> "dict[str, np.ndarray[Any, Any]]":
         """What there is of it, by name."""
         named = zip(("tokens", "labels", "position_ids"), self._parts(), strict=True)
-        return {name: part.numpy() for name, part in named if part is not None}
+        return {name: part.long().numpy() for name, part in named if part is not None}
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if t is None else t.to(device) for t in self._parts()))  # type: ignore[arg-type]
+        """On ``device``, in int64: on the way a token has the bytes that it is stored in."""
+        return Batch(*(None if t is None else t.to(device).long() for t in self._parts()))  # type: ignore[arg-type]
 
     def split(self, n: int) -> Iterator["Batch"]:
         """Parts of ``n`` rows, the last perhaps of fewer."""

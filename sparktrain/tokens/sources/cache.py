@@ -160,6 +160,10 @@ class CachedSource:
         self._replaced: list[int] = []
         self._lock = Lock()
 
+    @property
+    def descriptor(self) -> int:
+        return self._entry.descriptor
+
     def size(self) -> int:
         return self._size
 

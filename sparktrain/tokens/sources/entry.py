@@ -9,10 +9,10 @@ speed and without reading more than the blocks concerned. These find decay, not 
 import hashlib
 import os
 from dataclasses import dataclass
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
 
 from sparktrain.errors import DataError
 from sparktrain.tokens.ahead import read_ahead

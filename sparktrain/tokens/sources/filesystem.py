@@ -16,6 +16,8 @@ T = TypeVar("T")
 class FilesystemSource:
     """See :class:`sparktrain.tokens.source.Source`."""
 
+    descriptor = None
+
     def __init__(self, uri: str, patience: Patience) -> None:
         """Raises FileNotFoundError where there is nothing, or a directory."""
         self.uri = uri

@@ -43,6 +43,8 @@ class Token:
 class HttpSource:
     """See :class:`sparktrain.tokens.source.Source`. Opening it costs one small request, which learns the size."""
 
+    descriptor = None
+
     def __init__(self, uri: str, url: str, token: Token, patience: Patience) -> None:
         """``url`` is where ``uri``, which errors name, is. Raises FileNotFoundError where there is nothing."""
         self.uri = uri

@@ -19,21 +19,21 @@ class LocalSource:
         self.uri = uri
         try:
             # Not to wait for the writer of a pipe, which has no effect on files.
-            self._fd = os.open(_path(uri), os.O_RDONLY | os.O_NONBLOCK)
+            self.descriptor = os.open(_path(uri), os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise
         except OSError as error:
             allow = "; let the user that driver and executors run as read it" * isinstance(error, PermissionError)
             raise DataError(f"shard {uri} cannot be read: {error.strerror}{allow}") from error
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            os.close(self._fd)
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            os.close(self.descriptor)
             raise DataError(f"shard {uri} cannot be read: it is no regular file")
 
     def size(self) -> int:
-        return os.fstat(self._fd).st_size
+        return os.fstat(self.descriptor).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        raw = os.pread(self._fd, length, offset)
+        raw = os.pread(self.descriptor, length, offset)
         if len(raw) != length:
             end = min(offset + len(raw), self.size())
             raise DataError(
@@ -43,7 +43,7 @@ class LocalSource:
         return raw
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.descriptor)
 
 
 def open_if_there(uri: str) -> LocalSource | None:

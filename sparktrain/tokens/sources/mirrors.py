@@ -37,6 +37,8 @@ class Mirrors:
 class MirroredSource:
     """See :class:`sparktrain.tokens.source.Source`."""
 
+    descriptor = None
+
     def __init__(self, uri: str, mirrors: Mirrors) -> None:
         self.uri = uri
         self._mirrors = mirrors
