@@ -30,7 +30,7 @@ _CONNECTIONS = 16
 _FETCHES = 2
 _OPEN_FILES = 64
 # Windows, and tokens, of steps that are read at once where files are at hand: what is done for each step, and for each
-# time that a thread wakes another, is then done for many.
+# time that a thread wakes another, is then done for many. Few at first: those may have to be fetched, or disks be slow.
 _WINDOWS, _TOKENS = 1 << 10, 1 << 21
 
 
@@ -67,7 +67,7 @@ class Batches:
         self._workers = _FETCHES if cached and not made else 1
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
         alike = all(shard.bare for shard in spec.shards) and len({shard.dtype for shard in spec.shards}) == 1
-        together = min(_WINDOWS, _TOKENS // spec.window_length) * (alike and not (made or cached or self._by_range))
+        together = min(_WINDOWS, _TOKENS // spec.window_length) * (alike and not (made or self._by_range))
         digests = Digests(directory.digests, spec.shards, spec.first_microshards)
         self._shares = Shares(directory.plan, digests.of, spec, rank, world, first_step, weights, together)
         self._reader: Any = _Made(made) if made else Rows(self._files, spec) if alike else Windows(self._files)
@@ -110,11 +110,13 @@ class Batches:
                 yield self._made_of(share, self._reader.join(share, [(range_, read) for _, range_, read in pieces]))
 
     def _made_of(self, share: Share, read: Any) -> list[tuple[Batch, Receipt]]:
-        made = []
-        for one, sequences, digests in self._reader.finish(share, read):
-            batch = Batch.of(sequences)
-            targets = batch.targets_of_rows.numpy()
-            made.append((batch, Receipt(one.step, one.slot, one.microshard_id, digests, targets)))
+        sequences, digests = self._reader.finish(read)
+        whole, n = Batch.of(sequences), len(share) // share.num_steps
+        targets, made = whole.targets_of_rows.numpy(), []
+        for i, batch in enumerate(whole.split(n)):
+            of = slice(i * n, (i + 1) * n)
+            columns = (share.slot[of], share.microshard_id[of], digests[of], targets[of])
+            made.append((batch, Receipt(share.step + i, *columns)))
         return made
 
 
@@ -124,5 +126,5 @@ class _Made:
     def __init__(self, made: Callable[[Share], Sequences]) -> None:
         self.read = made
 
-    def finish(self, share: Share, sequences: Sequences) -> Iterator[tuple[Share, Sequences, list[int]]]:
-        yield share, sequences, sequences.digests()
+    def finish(self, sequences: Sequences) -> tuple[Sequences, list[int]]:
+        return sequences, sequences.digests()

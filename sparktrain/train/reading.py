@@ -5,7 +5,7 @@ Both read a share at once, or range by range, side by side, and make a batch of 
 Shapes: B_ = sequences of this rank in a step, L = tokens of a window.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -21,8 +21,6 @@ RANGE = 1 << 21
 Stored = np.ndarray[Any, np.dtype[np.integer[Any]]]
 # Rows that are read into by one system call, at most: Linux and macOS take 1,024.
 _VECTORS = 1024
-# A step's share, what was read for it, and the digest of each window.
-Step = tuple[Share, Sequences, list[int]]
 
 
 class File(Protocol):
@@ -84,12 +82,9 @@ class Rows:
                 rows[place][:] = view[offset * size : (offset + self._length) * size]
         return array, self._compared(share, rows)
 
-    def finish(self, share: Share, found: tuple[Stored, list[int]]) -> Iterator[Step]:
-        """The tokens of each step, and the digest of each window."""
-        n = len(share) // share.num_steps
-        for i, one in enumerate(share.by_step()):
-            array, digests = (column[i * n : (i + 1) * n] for column in found)
-            yield one, Sequences(array, None, None, None), digests  # type: ignore[arg-type, misc]
+    def finish(self, found: tuple[Stored, list[int]]) -> tuple[Sequences, list[int]]:
+        """The tokens, and the digest of each window."""
+        return Sequences(found[0], None, None, None), found[1]  # type: ignore[arg-type]
 
     def _empty(self, share: Share) -> tuple[Stored, list[memoryview]]:
         """Room for the windows, and that of each."""
@@ -137,12 +132,9 @@ class Windows:
         check(share, digests)
         return list(windows), list(digests)
 
-    def finish(self, share: Share, found: tuple[list[Window], list[int]]) -> Iterator[Step]:
-        """The windows of each step, and the digest of each."""
-        n = len(share) // share.num_steps
-        for i, one in enumerate(share.by_step()):
-            windows, digests = (column[i * n : (i + 1) * n] for column in found)
-            yield one, stack(windows), digests  # type: ignore[arg-type, misc]
+    def finish(self, found: tuple[list[Window], list[int]]) -> tuple[Sequences, list[int]]:
+        """The windows, and the digest of each."""
+        return stack(found[0]), found[1]
 
 
 def check(share: Share, digests: Sequence[int]) -> None:

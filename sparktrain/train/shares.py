@@ -18,8 +18,8 @@ _PLAN_ROWS = 1 << 16
 
 class Shares:
     """Those of rank ``rank`` of ``world`` from ``first_step`` on of the plan in the directory ``plan``, with the
-    ``digests`` (:meth:`~sparktrain.digests.Digests.of`) that are promised; of several steps while they are no more than
-    ``together`` windows. See :class:`~sparktrain.train.batches.Batches`."""
+    ``digests`` (:meth:`~sparktrain.digests.Digests.of`) that are promised; of one step, two, four, and so on,
+    while they are no more than ``together`` windows. See :class:`~sparktrain.train.batches.Batches`."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Shares:
         self._spec, self._first_step = spec, first_step
         self._rank, self._world, self._weights = rank, world, weights
         self._digests, self._together = digests, together
+        self._steps = 1
 
     def read(self) -> Generator[Share, None, None]:
         """In their order. Raises :class:`DataError` for a plan that is damaged or of another run."""
@@ -70,8 +71,12 @@ class Shares:
         whole = Share(begin, **columns, paths=shards, window_length=length, num_steps=end - begin)
         if begin == self._first_step:
             self._compare(whole.part(0, 1).rows(), first_slot)
-        most = max(1, self._together // share)
-        return [whole.part(i, min(most, end - begin - i)) for i in range(0, end - begin, most)]
+        shares, done = list[Share](), 0
+        while done < end - begin:
+            shares.append(whole.part(done, min(self._steps, end - begin - done)))
+            done += shares[-1].num_steps
+            self._steps = min(2 * self._steps, max(1, self._together // share))
+        return shares
 
     def _compare(self, found: list[Assignment], first_slot: int) -> None:
         first = self._spec.first_position(self._first_step) + first_slot
