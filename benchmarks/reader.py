@@ -5,7 +5,7 @@
 Windows of 2,049 tokens of 2 bytes, in batches of 64, page cache hot. Ours reads an epoch by a plan on disk, each window
 compared with the digest that it was planned with: in random order, and in blocks of 16 and in sequence, whose windows
 are read together; from local shards, as stored, which is what comes out of the reader, and in int64, which is what
-others give; and from a cache. Others, in an environment of their own that is made once:
+others give; and from a cache. Others, in an environment that is made once, and each in a process of its own:
 datatrove's DatatroveFolderDataset, mosaicml-streaming's StreamingDataset (py1e), datasets' Dataset in numpy format, in
 random order. All take turns in each round; medians of rounds, ratios to what was measured in the same round.
 """
@@ -48,6 +48,7 @@ PACKAGES = (
 )
 ALONE = ("mosaicml-streaming",)
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+OTHERS = ("datatrove", "streaming", "datasets")
 Figure = dict[str, float]
 
 
@@ -140,6 +141,29 @@ def environment(where: Path) -> Path:
     return python
 
 
+def started(python: Path, name: str, path: Path) -> "subprocess.Popen[str] | None":
+    """Another reader, in a process of its own: some leave threads behind."""
+    arguments = [name, path / "shards", path, LENGTH, BATCH, WINDOWS]
+    command = [str(part) for part in (python, Path(__file__).with_name("reader_others.py"), *arguments)]
+    pipe = subprocess.PIPE
+    other = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    assert other.stdout
+    problem = json.loads(other.stdout.readline())
+    if not problem:
+        return other
+    other.communicate()
+    print(f"{name} is left out: {problem}")
+    return None
+
+
+def asked(other: "subprocess.Popen[str]") -> Figure:
+    assert other.stdin
+    assert other.stdout
+    print(file=other.stdin, flush=True)
+    figure: Figure = json.loads(other.stdout.readline())
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
@@ -151,29 +175,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         found = readers(path, prepare(path / "shards", SHARDS, options.tokens))
-        arguments = [path / "shards", path, LENGTH, BATCH, WINDOWS]
-        others = subprocess.Popen(
-            [python, Path(__file__).with_name("reader_others.py"), *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert others.stdin is not None
-        assert others.stdout is not None
-        there = json.loads(others.stdout.readline())
-        for name, problem in there.items():
-            if problem:
-                print(f"{name} is left out: {problem}")
+        there = {name: started(python, name, path) for name in OTHERS}
         rounds: list[dict[str, Figure]] = []
         for i in range(options.rounds + 1):
             figures = {name: measured(read) for name, read in found.items()}
-            for name in (name for name, problem in there.items() if not problem):
-                print(name, file=others.stdin, flush=True)
-                figures[name] = json.loads(others.stdout.readline())
+            figures |= {name: asked(other) for name, other in there.items() if other}
             rounds += [figures] if i else []  # the first fills the cache
-        others.stdin.close()
-        others.wait()
+        for other in filter(None, there.values()):
+            other.communicate()
     report(rounds)
 
 
@@ -183,7 +192,7 @@ def report(rounds: list[dict[str, Figure]]) -> None:
         bases = [r[over]["tokens"] / r[over][kind] if over else 1e6 for r in rounds]
         return statistics.median(rate / base for rate, base in zip(rates, bases, strict=True))
 
-    others = [name for name in rounds[0] if name in ("datatrove", "streaming", "datasets")]
+    others = [name for name in rounds[0] if name in OTHERS]
     header = "".join(f"{f'/ {name}':>14}" for name in ("memcpy", *others))
     print(f"{len(rounds)} rounds, million tokens a second{'':<6}{'wall':>8}{'CPU':>8}   wall ratios{header}")
     for name in rounds[0]:

@@ -1,9 +1,9 @@
 """Other readers of the same tokens, for ``benchmarks/reader.py``, which runs this in an environment of its own.
 
-    python reader_others.py DATA WORK LENGTH BATCH WINDOWS
+    python reader_others.py READER DATA WORK LENGTH BATCH WINDOWS
 
-Says as JSON which readers there are, or why not; then takes a reader's name a line and answers with tokens, wall and
-CPU seconds of a pass: WINDOWS windows in random order, in batches ``[BATCH, LENGTH]`` int64 tensors.
+Says as JSON what is wrong with the reader, or nothing; then answers each line with tokens, wall and CPU seconds of a
+pass: WINDOWS windows in random order, in batches ``[BATCH, LENGTH]`` int64 tensors.
 """
 
 import json
@@ -15,8 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-DATA, WORK = Path(sys.argv[1]), Path(sys.argv[2])
-LENGTH, BATCH, WINDOWS = (int(value) for value in sys.argv[3:6])
+DATA, WORK = Path(sys.argv[2]), Path(sys.argv[3])
+LENGTH, BATCH, WINDOWS = (int(value) for value in sys.argv[4:7])
+
+
+# A torchvision of another build than torch, which streaming imports for its pictures, lacks these.
+VISION = torch.library.Library("torchvision", "DEF")
+for operator in ("nms", "qnms"):
+    VISION.define(f"{operator}(Tensor boxes) -> Tensor")
 
 
 def windows():
@@ -90,19 +96,20 @@ READERS = {
 def main():
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    there = {}
-    for name, (read, write) in READERS.items():
-        try:
-            if write:
-                write()
-            first = next(iter(read()))
-            there[name] = "" if first.shape == (BATCH, LENGTH) and first.dtype == torch.int64 else f"gave {first.shape}"
-        except Exception as error:
-            there[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    print(json.dumps(there), file=said, flush=True)
-    for line in sys.stdin:
+    read, write = READERS[sys.argv[1]]
+    problem = ""
+    try:
+        if write:
+            write()
+        first = next(iter(read()))
+        if first.shape != (BATCH, LENGTH) or first.dtype != torch.int64:
+            problem = f"gave {first.shape} of {first.dtype}"
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    print(json.dumps(problem), file=said, flush=True)
+    for _ in sys.stdin:
         wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
-        for batch in READERS[line.strip()][0]():
+        for batch in read():
             tokens += batch.numel()
         found = {"tokens": tokens, "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         print(json.dumps(found), file=said, flush=True)
