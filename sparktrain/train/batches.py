@@ -19,7 +19,7 @@ from sparktrain.tokens.sequences import Sequences
 from sparktrain.tokens.source import Opener
 from sparktrain.tokens.sources import is_local, open_if_there
 from sparktrain.train.batch import Batch
-from sparktrain.train.reading import RANGE, Rows, Windows
+from sparktrain.train.reading import RANGE, Read, Rows, Windows
 from sparktrain.train.shares import Shares
 
 # Batches that are read ahead of the one that is trained on, at least.
@@ -84,7 +84,7 @@ class Batches:
     def _whole(self, shares: Iterator[Share]) -> Generator[list[tuple[Batch, Receipt]], None, None]:
         def read(share: Share) -> list[tuple[Batch, Receipt]] | Iterator[Share]:
             try:
-                return self._made_of(share, self._reader.read(share))
+                return _by_step(share, *self._reader.read(share))
             except DataError:
                 if share.num_steps == 1:
                     raise
@@ -107,24 +107,25 @@ class Batches:
         with closing(read_parts_ahead(parts, read, _CONNECTIONS, _AHEAD, _CONNECTIONS)) as found:
             for pieces in found:
                 share = pieces[0][0]
-                yield self._made_of(share, self._reader.join(share, [(range_, read) for _, range_, read in pieces]))
-
-    def _made_of(self, share: Share, read: Any) -> list[tuple[Batch, Receipt]]:
-        sequences, digests = self._reader.finish(read)
-        whole, n = Batch.of(sequences), len(share) // share.num_steps
-        targets, made = whole.targets_of_rows.numpy(), []
-        for i, batch in enumerate(whole.split(n)):
-            of = slice(i * n, (i + 1) * n)
-            columns = (share.slot[of], share.microshard_id[of], digests[of], targets[of])
-            made.append((batch, Receipt(share.step + i, *columns)))
-        return made
+                yield _by_step(share, *self._reader.join(share, [piece[1:] for piece in pieces]))
 
 
 class _Made:
     """Reads what a pipeline makes."""
 
     def __init__(self, made: Callable[[Share], Sequences]) -> None:
-        self.read = made
+        self._made = made
 
-    def finish(self, sequences: Sequences) -> tuple[Sequences, list[int]]:
+    def read(self, share: Share) -> Read:
+        sequences = self._made(share)
         return sequences, sequences.digests()
+
+
+def _by_step(share: Share, sequences: Sequences, digests: list[int]) -> list[tuple[Batch, Receipt]]:
+    whole, n = Batch.of(sequences), len(share) // share.num_steps
+    targets, found = whole.targets_of_rows.numpy(), []
+    for i, batch in enumerate(whole.split(n)):
+        of = slice(i * n, (i + 1) * n)
+        columns = (share.slot[of], share.microshard_id[of], digests[of], targets[of])
+        found.append((batch, Receipt(share.step + i, *columns)))
+    return found

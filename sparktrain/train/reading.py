@@ -1,7 +1,7 @@
 """How a rank's share of a step is read: as rows of tokens, where all shards are tokens of one type and nothing else; or
 window by window, with what comes along.
 
-Both read a share at once, or range by range, side by side, and make a batch of it in the thread that wants it.
+Both read a share at once, or range by range, side by side, which are then joined; and say the digest of each window.
 Shapes: B_ = sequences of this rank in a step, L = tokens of a window.
 """
 
@@ -18,6 +18,7 @@ from sparktrain.tokens.sequences import Sequences, Window, stack
 
 # Tokens of a range.
 RANGE = 1 << 21
+Read = tuple[Sequences, list[int]]
 Stored = np.ndarray[Any, np.dtype[np.integer[Any]]]
 # Rows that are read into by one system call, at most: Linux and macOS take 1,024.
 _VECTORS = 1024
@@ -50,7 +51,7 @@ class Rows:
         # Tokens that a window shares with the one that follows it in the shard.
         self._shared = spec.window_length - spec.sequence_length
 
-    def read(self, share: Share) -> tuple[Stored, list[int]]:
+    def read(self, share: Share) -> Read:
         (array, rows), shared = self._empty(share), self._shared
         alone, verified = list(zip(rows)), share.digest.min(initial=0) < 0
         joined: list[list[int]] = []
@@ -62,7 +63,7 @@ class Rows:
         if shared and joined:
             after, before = ([place for run in joined for place in run[part]] for part in (slice(1, None), slice(-1)))
             array[after, :shared] = array[before, -shared:]
-        return array, self._compared(share, rows)
+        return self._compared(share, array, rows)
 
     def _in_a_row(self, rows: list[memoryview], run: list[int]) -> tuple[memoryview, ...]:
         """Room for windows that follow one another: what one shares with the one before it is read into that."""
@@ -73,18 +74,14 @@ class Rows:
         with self._files.use(range_.path) as file:
             return file.stored(range_.start, range_.length)
 
-    def join(self, share: Share, ranges: Sequence[tuple[Range, bytes]]) -> tuple[Stored, list[int]]:
+    def join(self, share: Share, ranges: Sequence[tuple[Range, bytes]]) -> Read:
         """What :meth:`read` gives, from what :meth:`read_range` gave."""
         (array, rows), size = self._empty(share), self._dtype.itemsize
         for range_, raw in ranges:
             view = memoryview(raw)
             for place, offset in zip(range_.places, range_.offsets, strict=True):
                 rows[place][:] = view[offset * size : (offset + self._length) * size]
-        return array, self._compared(share, rows)
-
-    def finish(self, found: tuple[Stored, list[int]]) -> tuple[Sequences, list[int]]:
-        """The tokens, and the digest of each window."""
-        return Sequences(found[0], None, None, None), found[1]  # type: ignore[arg-type]
+        return self._compared(share, array, rows)
 
     def _empty(self, share: Share) -> tuple[Stored, list[memoryview]]:
         """Room for the windows, and that of each."""
@@ -92,7 +89,7 @@ class Rows:
         view, size = array.data.cast("B"), self._length * self._dtype.itemsize
         return array, [view[i : i + size] for i in range(0, array.nbytes, size)]
 
-    def _compared(self, share: Share, rows: list[memoryview]) -> list[int]:
+    def _compared(self, share: Share, array: Stored, rows: list[memoryview]) -> Read:
         digests = list(map(crc32, rows))
         differ = (share.digest != digests) & (share.digest >= 0)
         if differ.any():
@@ -101,7 +98,7 @@ class Rows:
                     rows[place][:] = file.stored(int(share.start[place]), self._length)
                 digests[place] = crc32(rows[place])
             check(share, digests)
-        return digests
+        return Sequences(array, None, None, None), digests  # type: ignore[arg-type]
 
 
 class Windows:
@@ -110,31 +107,22 @@ class Windows:
     def __init__(self, files: Files) -> None:
         self._files = files
 
-    def read(self, share: Share) -> tuple[list[Window], list[int]]:
+    def read(self, share: Share) -> Read:
         return self.join(share, [(range_, self.read_range(range_)) for range_ in share.ranges(RANGE)])
 
     def read_range(self, range_: Range) -> list[tuple[Window, int]]:
         """Its windows, and the digest of each."""
         with self._files.use(range_.path) as file:
-            piece, length = (
-                file.window(range_.start, range_.length, documents=False),
-                range_.length - range_.offsets[-1],
-            )
-            windows = [_cut(piece, offset, length) for offset in range_.offsets]
+            piece = file.window(range_.start, range_.length, documents=False)
+            windows = [_cut(piece, offset, range_.length - range_.offsets[-1]) for offset in range_.offsets]
             return [(window, file.digest_of(window)) for window in windows]
 
-    def join(
-        self, share: Share, ranges: Sequence[tuple[Range, list[tuple[Window, int]]]]
-    ) -> tuple[list[Window], list[int]]:
+    def join(self, share: Share, ranges: Sequence[tuple[Range, list[tuple[Window, int]]]]) -> Read:
         """What :meth:`read` gives, from what :meth:`read_range` gave."""
         by_place = {place: found for range_, read in ranges for place, found in zip(range_.places, read, strict=True)}
         windows, digests = zip(*(by_place[place] for place in range(len(share))), strict=True)
         check(share, digests)
-        return list(windows), list(digests)
-
-    def finish(self, found: tuple[list[Window], list[int]]) -> tuple[Sequences, list[int]]:
-        """The windows, and the digest of each."""
-        return stack(found[0]), found[1]
+        return stack(windows), list(digests)
 
 
 def check(share: Share, digests: Sequence[int]) -> None:
