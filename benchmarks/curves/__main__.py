@@ -36,11 +36,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], int, tuple[float, ...] | str]] = {
     "diloco int4": ({"kind": "diloco", "compression": "int4"}, 2, "diloco"),
     "diloco H=30 int4": ({"kind": "diloco", "sync_every": 30, "compression": "int4"}, 2, "diloco"),
     "distro, decay 0.95": ({"kind": "distro", "compression_decay": 0.95}, 2, SIGN),
-    "distro, decay 0.95, k=8, 1 bit": (
-        {"kind": "distro", "compression_decay": 0.95, "compression_topk": 8, "values": "1bit"},
-        2,
-        "distro, decay 0.95",
-    ),
+    "distro, k=8, 1 bit": ({"kind": "distro", "compression_topk": 8, "values": "1bit"}, 2, "distro"),
     "diloco H=10, average": (_FIXED | {"outer": "average"}, 2, ADAMW),
     "diloco H=10, Nesterov 0.7/0.9": (_FIXED | {"outer": "sgd"}, 2, MOMENTUM),
     "torchft DiLoCo H=10": ({"kind": "torchft", "sync_every": 10}, 2, MOMENTUM),

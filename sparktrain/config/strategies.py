@@ -45,7 +45,7 @@ class Distro(Section):
     kind: Literal["distro"] = "distro"
     """How ranks turn their gradients into shared progress."""
     compression_decay: float = Field(0.999, ge=0, le=1)
-    """Decay of the momentum that holds what was not sent yet; 0.95 to 0.99 for short runs."""
+    """Decay of the momentum that holds what was not sent yet; 0.95 to 0.98 for some hundred steps."""
     compression_topk: int = Field(32, ge=1)
     """DCT coefficients sent per chunk."""
     compression_chunk: int = Field(64, ge=2, le=64)

@@ -57,7 +57,7 @@ class DisTrO(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them, named or not; ``lr`` and ``weight_decay`` may differ by group.
         lr: every weight moves by this much per step: a quarter to a half of AdamW's is a start.
-        compression_decay: of the momentum, in [0, 1]; 0.95 to 0.99 for runs of some hundred steps.
+        compression_decay: of the momentum, in [0, 1]; 0.95 to 0.98 for runs of some hundred steps.
         compression_topk: coefficients sent per chunk.
         compression_chunk: edge of a chunk.
         weight_decay: decoupled.
