@@ -98,7 +98,7 @@ def main() -> None:
         strategy = STRATEGIES["adamw"].build(
             dict(ours.named_parameters()), config.strategy, config.optimizer, config.train.steps
         )
-        step = bare_step(theirs, config, [batch.tokens for batch in loop.Batches(run, spec, 0, 1)])
+        step = bare_step(theirs, config, [batch.tokens.long() for batch in loop.Batches(run, spec, 0, 1)])
         seconds: dict[str, list[float]] = {"sparktrain": [], "bare": []}
         steps_of_ours = loop._steps(ready(run, config, spec, world, ours, strategy))
         for i in range(steps):

@@ -17,7 +17,7 @@ from sparktrain.tokens.shard import Shard
 
 class Digests:
     """Those in ``directory`` of ``shards``, whose microshards begin at ``firsts`` ``[len(shards) + 1]``. Files are read
-    when they are first needed."""
+    when they are first needed. Safe from several threads."""
 
     def __init__(self, directory: Path, shards: Sequence[Shard], firsts: Ints) -> None:
         self._directory = directory
@@ -26,7 +26,8 @@ class Digests:
 
     def of(self, paths: Sequence[str], path: Ints, microshard_id: Ints) -> Ints:
         """``[n]`` int64: what each microshard of ``paths[path]`` is to have; -1: that is not known. Raises
-        :class:`DataError` for a microshard that its shard has not."""
+        :class:`DataError` for a microshard that its shard, whose digests are known, has not; and for a file of them
+        that was changed."""
         found = np.full(len(path), -1, dtype=np.int64)
         order = np.argsort(path, kind="stable")
         bounds = np.searchsorted(path[order], np.arange(len(paths) + 1)).tolist()

@@ -32,6 +32,7 @@ from sparktrain.train import models
 from sparktrain.train.batch import Batch
 from sparktrain.train.batches import Batches
 from sparktrain.train.evaluate import heldout_loss, token_losses
+from sparktrain.train.shares import Shares
 from sparktrain.train.world import World
 from tests.conftest import tiny_argv
 from tests.web import Web, serve
@@ -199,6 +200,25 @@ def test_promised_windows_are_those_of_the_plan_in_any_order(
     assert len(found) == spec.steps
 
 
+def test_many_steps_are_read_at_once_but_not_more_windows_than_may_be(data: Path, tmp_path: Path) -> None:
+    shards = tuple(tokens.inspect(path) for path in tokens.find_shards(data / "train"))
+    spec = PlanSpec(shards, sequence_length=32, total_batch=2, steps=40, seed=5, ramp=((30, 50),))
+    write(tmp_path, plan.rows(spec, 0, spec.num_positions))
+    found = list(Shares(tmp_path / "plan", spec, 0, 1, 0, (), 100).read())
+    assert [share.num_steps for share in found] == [1, 2, 4, 8, 15, 2, 2, 2, 2, 2]
+    assert [len(share) for share in found] == [2, 4, 8, 16, 30, 100, 100, 100, 100, 100]
+    assert [share.step for share in found] == [0, 1, 3, 7, 15, 30, 32, 34, 36, 38]
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 33)])
+def test_a_digest_is_of_the_bytes_whatever_the_shape_of_an_array(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    ids = np.random.default_rng(0).integers(0, 512, 330).astype("<u2").reshape(shape)
+    np.save(tmp_path / "a.npy", ids)
+    file = tokens.TokenFile(tokens.inspect(str(tmp_path / "a.npy")))
+    assert tokens.is_bare(file.shard)
+    assert file.digest_of(file.window(66, 33)) == crc32(ids.reshape(-1)[66:99].tobytes())
+
+
 def test_a_window_that_decayed_in_the_cache_is_fetched_again(planned: tuple[RunDir, PlanSpec], tmp_path: Path) -> None:
     _, spec = planned
     far = tuple(
@@ -261,7 +281,7 @@ def test_ranges_cover_windows_once_whatever_joins_them() -> None:
     for length, most in ((33, 1), (33, 200), (32, 1 << 20)):
         path, start = rng.integers(0, 3, 200), 32 * rng.integers(0, 90, 200)
         at = np.arange(200)
-        share = Share(0, at, at, at, at, path, start, ["a", "b", "c"], length, at)
+        share = Share(0, at, at, at, at, path, start, ["a", "b", "c"], length)
         found = {}
         for range_ in share.ranges(most):
             assert range_.length <= max(most, length)

@@ -101,7 +101,7 @@ def test_the_model_opens_anywhere_and_gives_the_loss_that_was_measured(reference
     assert result is not None
     assert spec is not None
     with torch.no_grad():
-        batch = next(iter(Batches(directory, spec, 0, 1)))
+        batch = next(iter(Batches(directory, spec, 0, 1))).to(torch.device("cpu"))
         loss = float(token_losses(model, batch)) / spec.target_tokens(0)
         inputs, labels = batch.tokens[:, :-1].reshape(-1, 32), batch.tokens[:, 1:].reshape(-1, 32)
         logits = model(inputs).logits

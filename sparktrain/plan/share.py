@@ -35,7 +35,6 @@ class Share:
         path: ``[n]`` indices into ``paths``.
         paths: shards.
         window_length: L, tokens of each.
-        digest: ``[n]`` int64: crc32 that each is to have as it is stored; -1 where that is not known.
     """
 
     step: int
@@ -47,7 +46,6 @@ class Share:
     start: Ints
     paths: list[str]
     window_length: int
-    digest: Ints
     num_steps: int = 1
 
     def __len__(self) -> int:
@@ -59,7 +57,7 @@ class Share:
         here, step = slice(first * n, (first + num_steps) * n), self.step + first
         columns = (self.slot, self.pos, self.epoch, self.microshard_id, self.path, self.start)
         slot, pos, epoch, microshard_id, path, start = (column[here] for column in columns)
-        mine = (slot, pos, epoch, microshard_id, path, start, self.paths, self.window_length, self.digest[here])
+        mine = (slot, pos, epoch, microshard_id, path, start, self.paths, self.window_length)
         return Share(step, *mine, num_steps)
 
     def by_step(self) -> "Iterator[Share]":

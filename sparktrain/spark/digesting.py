@@ -21,7 +21,7 @@ from sparktrain.digests import file_of
 from sparktrain.errors import DataError
 from sparktrain.plan import PlanSpec, stride_of
 from sparktrain.spark.context import parallelism
-from sparktrain.tokens import TokenFile
+from sparktrain.tokens import TokenFile, is_bare
 from sparktrain.tokens.sources import is_local, reach
 
 # Tokens that are read at a time.
@@ -62,7 +62,7 @@ def _digest(spec: PlanSpec, data: Data, directory: Path, batches: Iterable[pa.Re
 def _digests_of(file: TokenFile, stride: int, count: int, length: int) -> Iterator[int]:
     """Of each of ``count`` windows of ``length`` tokens, ``stride`` apart; where they are tokens as stored and nothing
     else, many are read at a time and none is decoded."""
-    if not file.shard.bare:
+    if not is_bare(file.shard):
         for i in range(count):
             yield file.digest_of(file.window(i * stride, length, documents=False))
         return

@@ -8,6 +8,7 @@ the bytes are is ``sources/``.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, pairwise, repeat
 from pathlib import Path
@@ -111,6 +112,11 @@ def check_alike(shards: Sequence[Shard]) -> None:
             )
 
 
+def is_bare(shard: Shard) -> bool:
+    """Whether it is tokens one after the other and nothing else."""
+    return not (FORMATS[shard.format].rows or shard.columns)
+
+
 class TokenFile:
     """An open shard. ``start`` and ``length`` count tokens from the file's first, in rows row after row."""
 
@@ -126,18 +132,20 @@ class TokenFile:
         self._ends: Ints | None = None
 
     def stored(self, start: int, length: int) -> bytes:
-        """Tokens [start, start + length) as they are stored; of a shard that is ``bare``."""
+        """Tokens [start, start + length) as they are stored; of a shard that is bare."""
         size = self.shard.token_size
         return self._source.read(self.shard.offset + start * size, length * size)
 
     def fill(self, starts: Sequence[int], rows: Sequence[Sequence[memoryview]], verified: bool) -> None:
-        """The same, from each of ``starts`` as many bytes as its writable rows take, one after the other. Not
-        ``verified``: as a disk of this machine has them, whatever sums of them it keeps; for who knows what comes."""
+        """The same, from each of ``starts`` as many bytes as its writable rows take, one after the other. Unless
+        ``verified``, they come as this machine's disk has them, without a look at the sums that a cache keeps: for a
+        caller that compares digests."""
         size, offset, descriptor = self.shard.token_size, self.shard.offset, self._source.descriptor
         if descriptor is not None and not verified:
             wanted = sum(map(len, chain.from_iterable(rows)))
-            if sum(map(os.preadv, repeat(descriptor), rows, [offset + start * size for start in starts])) == wanted:
-                return
+            with suppress(OSError):  # which is told below
+                if sum(map(os.preadv, repeat(descriptor), rows, [offset + start * size for start in starts])) == wanted:
+                    return
         for start, parts in zip(starts, rows, strict=True):
             at = start
             for row in parts:
@@ -170,7 +178,7 @@ class TokenFile:
     def digest_of(self, window: Window) -> int:
         """crc32 of a window of this file: of the bytes as they are stored, where these are tokens and nothing else; or
         of all numbers (:meth:`Window.digest`)."""
-        return crc32(window.tokens.astype(self.shard.dtype).data) if self.shard.bare else window.digest()
+        return crc32(window.tokens.astype(self.shard.dtype).data) if is_bare(self.shard) else window.digest()
 
     def document_ends(self) -> Ints:
         """Ends of the documents in tokens, exclusive; empty where no boundaries are known."""

@@ -46,11 +46,6 @@ class Shard:
         """Of a token as stored."""
         return np.dtype(f"<{'i' if self.signed else 'u'}{self.token_size}")
 
-    @property
-    def bare(self) -> bool:
-        """Whether it is tokens one after the other and nothing else."""
-        return not self.row_length and not self.columns
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Shard":
         """The shard whose ``dataclasses.asdict`` went through JSON."""

@@ -12,7 +12,7 @@ from sparktrain.errors import DataError
 from sparktrain.plan import PlanSpec, Range, Share
 from sparktrain.receipts import Receipt, Receipts
 from sparktrain.rundir import RunDir
-from sparktrain.tokens import TokenFile
+from sparktrain.tokens import TokenFile, is_bare
 from sparktrain.tokens.ahead import read_ahead, read_parts_ahead
 from sparktrain.tokens.opened import Opened
 from sparktrain.tokens.sequences import Sequences
@@ -36,7 +36,7 @@ _WINDOWS, _TOKENS = 1 << 10, 1 << 21
 
 class Batches:
     """Iterates ``[B_, L]`` batches, one per step, of rank ``rank`` of ``world``, whose share is by its speed where
-    ``weights`` has that of each rank.
+    ``weights`` has that of each rank. Tokens come as they are stored, until ``Batch.to``.
 
     Rows come from the plan on disk. Those of the first step are recomputed and compared: a plan of another run, or
     one edited by hand, is a :class:`DataError` before a token is trained on. So is a window
@@ -66,11 +66,17 @@ class Batches:
         self._by_range = not (made or cached or all(map(is_local, shards)))
         self._workers = _FETCHES if cached and not made else 1
         self._files = Opened(lambda path: TokenFile(shards[path], opener), _OPEN_FILES)
-        alike = all(shard.bare for shard in spec.shards) and len({shard.dtype for shard in spec.shards}) == 1
-        together = min(_WINDOWS, _TOKENS // spec.window_length) * (alike and not (made or self._by_range))
-        digests = Digests(directory.digests, spec.shards, spec.first_microshards)
-        self._shares = Shares(directory.plan, digests.of, spec, rank, world, first_step, weights, together)
-        self._reader: Any = _Made(made) if made else Rows(self._files, spec) if alike else Windows(self._files)
+        promised = Digests(directory.digests, spec.shards, spec.first_microshards).of
+        together = 0
+        self._reader: Any
+        if made:
+            self._reader = _Made(made)
+        elif all(map(is_bare, spec.shards)) and len({shard.dtype for shard in spec.shards}) == 1:
+            self._reader = Rows(self._files, promised, spec)
+            together = 0 if self._by_range else min(_WINDOWS, _TOKENS // spec.window_length)
+        else:
+            self._reader = Windows(self._files, promised)
+        self._shares = Shares(directory.plan, spec, rank, world, first_step, weights, together)
 
     def __iter__(self) -> Iterator[Batch]:
         read = self._ranges if self._by_range else self._whole

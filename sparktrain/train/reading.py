@@ -5,7 +5,7 @@ Both read a share at once, or range by range, side by side, which are then joine
 Shapes: B_ = sequences of this rank in a step, L = tokens of a window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from sparktrain.tokens.sequences import Sequences, Window, stack
 # Tokens of a range.
 RANGE = 1 << 21
 Read = tuple[Sequences, list[int]]
+# Digests of the microshards of shards, which are given by a number for each: ``sparktrain.digests.Digests.of``.
+Promised = Callable[[Sequence[str], Ints, Ints], Ints]
 Stored = np.ndarray[Any, np.dtype[np.integer[Any]]]
 # Rows that are read into by one system call, at most: Linux and macOS take 1,024.
 _VECTORS = 1024
@@ -43,17 +45,20 @@ class Files(Protocol):
 class Rows:
     """Reads tokens as they are stored, into rows ``[B_, L]`` of their type.
 
-    A window that another digest is promised of is read once more, by a way that verifies it, before that is an error.
+    A window that has another digest than was promised is read once more, from a cache by the sums that this keeps, by
+    which it is fetched again where it decayed, before that is an error.
     """
 
-    def __init__(self, files: Files, spec: PlanSpec) -> None:
-        self._files, self._length, self._dtype = files, spec.window_length, spec.shards[0].dtype
+    def __init__(self, files: Files, promised: Promised, spec: PlanSpec) -> None:
+        self._files, self._promised = files, promised
+        self._length, self._dtype = spec.window_length, spec.shards[0].dtype
         # Tokens that a window shares with the one that follows it in the shard.
         self._shared = spec.window_length - spec.sequence_length
 
     def read(self, share: Share) -> Read:
         (array, rows), shared = self._empty(share), self._shared
-        alone, verified = list(zip(rows)), share.digest.min(initial=0) < 0
+        promised = self._promised(share.paths, share.path, share.microshard_id)
+        alone, verified = list(zip(rows)), promised.min(initial=0) < 0
         joined: list[list[int]] = []
         for path, starts, runs in share.by_shard(self._length - shared, _VECTORS):
             here = [alone[run[0]] if len(run) == 1 else self._in_a_row(rows, run) for run in runs]
@@ -63,7 +68,7 @@ class Rows:
         if shared and joined:
             after, before = ([place for run in joined for place in run[part]] for part in (slice(1, None), slice(-1)))
             array[after, :shared] = array[before, -shared:]
-        return self._compared(share, array, rows)
+        return self._compared(share, promised, array, rows)
 
     def _in_a_row(self, rows: list[memoryview], run: list[int]) -> tuple[memoryview, ...]:
         """Room for windows that follow one another: what one shares with the one before it is read into that."""
@@ -81,7 +86,7 @@ class Rows:
             view = memoryview(raw)
             for place, offset in zip(range_.places, range_.offsets, strict=True):
                 rows[place][:] = view[offset * size : (offset + self._length) * size]
-        return self._compared(share, array, rows)
+        return self._compared(share, self._promised(share.paths, share.path, share.microshard_id), array, rows)
 
     def _empty(self, share: Share) -> tuple[Stored, list[memoryview]]:
         """Room for the windows, and that of each."""
@@ -89,23 +94,23 @@ class Rows:
         view, size = array.data.cast("B"), self._length * self._dtype.itemsize
         return array, [view[i : i + size] for i in range(0, array.nbytes, size)]
 
-    def _compared(self, share: Share, array: Stored, rows: list[memoryview]) -> Read:
+    def _compared(self, share: Share, promised: Ints, array: Stored, rows: list[memoryview]) -> Read:
         digests = list(map(crc32, rows))
-        differ = (share.digest != digests) & (share.digest >= 0)
+        differ = (promised != digests) & (promised >= 0)
         if differ.any():
             for place in np.flatnonzero(differ).tolist():
                 with self._files.use(share.paths[share.path[place]]) as file:
                     rows[place][:] = file.stored(int(share.start[place]), self._length)
                 digests[place] = crc32(rows[place])
-            check(share, digests)
+            check(share, promised, digests)
         return Sequences(array, None, None, None), digests  # type: ignore[arg-type]
 
 
 class Windows:
     """Reads what there is of each window."""
 
-    def __init__(self, files: Files) -> None:
-        self._files = files
+    def __init__(self, files: Files, promised: Promised) -> None:
+        self._files, self._promised = files, promised
 
     def read(self, share: Share) -> Read:
         return self.join(share, [(range_, self.read_range(range_)) for range_ in share.ranges(RANGE)])
@@ -121,18 +126,18 @@ class Windows:
         """What :meth:`read` gives, from what :meth:`read_range` gave."""
         by_place = {place: found for range_, read in ranges for place, found in zip(range_.places, read, strict=True)}
         windows, digests = zip(*(by_place[place] for place in range(len(share))), strict=True)
-        check(share, digests)
+        check(share, self._promised(share.paths, share.path, share.microshard_id), digests)
         return stack(windows), list(digests)
 
 
-def check(share: Share, digests: Sequence[int]) -> None:
-    """Raises :class:`DataError` where a window of ``share`` has another digest than was promised."""
-    differ = (share.digest != digests) & (share.digest >= 0)
+def check(share: Share, promised: Ints, digests: Sequence[int]) -> None:
+    """Raises :class:`DataError` where a window of ``share`` has another digest than was ``promised``."""
+    differ = (promised != digests) & (promised >= 0)
     if differ.any():
         at = int(np.argmax(differ))
         raise DataError(
             f"shard {share.paths[share.path[at]]} has other bytes than when the run was planned: the sequence at token "
-            f"{share.start[at]} has crc32 {digests[at]:08x}, had {share.digest[at]:08x}; restore the shard"
+            f"{share.start[at]} has crc32 {digests[at]:08x}, had {promised[at]:08x}; restore the shard"
         )
 
 

@@ -1,6 +1,6 @@
 """A rank's rows of the plan on disk, step by step, read ahead of who takes them."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.dataset as pads
 
 from sparktrain.errors import DataError
-from sparktrain.plan import Assignment, Ints, PlanSpec, Share, rows, runs_of_steps, slots_of
+from sparktrain.plan import Assignment, PlanSpec, Share, rows, runs_of_steps, slots_of
 from sparktrain.storage import dataset
 from sparktrain.tokens.ahead import read_ahead
 
@@ -17,14 +17,13 @@ _PLAN_ROWS = 1 << 16
 
 
 class Shares:
-    """Those of rank ``rank`` of ``world`` from ``first_step`` on of the plan in the directory ``plan``, with the
-    ``digests`` (:meth:`~sparktrain.digests.Digests.of`) that are promised; of one step, two, four, and so on,
-    while they are no more than ``together`` windows. See :class:`~sparktrain.train.batches.Batches`."""
+    """Those of rank ``rank`` of ``world`` from ``first_step`` on of the plan in the directory ``plan``: of one step,
+    two, four and so on, while they are no more than ``together`` windows. See
+    :class:`~sparktrain.train.batches.Batches`."""
 
     def __init__(
         self,
         plan: Path,
-        digests: Callable[[Sequence[str], Ints, Ints], Ints],
         spec: PlanSpec,
         rank: int,
         world: int,
@@ -37,7 +36,7 @@ class Shares:
         self._plan = pads.dataset(**dataset(plan), format=format_, exclude_invalid_files=False)
         self._spec, self._first_step = spec, first_step
         self._rank, self._world, self._weights = rank, world, weights
-        self._digests, self._together = digests, together
+        self._together = together
         self._steps = 1
 
     def read(self) -> Generator[Share, None, None]:
@@ -67,15 +66,15 @@ class Shares:
         columns = {name: table.column(name).to_numpy().astype(np.int64) for name in names}
         columns["path"] = paths.indices.to_numpy().astype(np.int64)
         shards = paths.dictionary.to_pylist()
-        columns["digest"] = self._digests(shards, columns["path"], columns["microshard_id"])
         whole = Share(begin, **columns, paths=shards, window_length=length, num_steps=end - begin)
         if begin == self._first_step:
             self._compare(whole.part(0, 1).rows(), first_slot)
         shares, done = list[Share](), 0
         while done < end - begin:
+            self._steps = min(self._steps, max(1, self._together // share))
             shares.append(whole.part(done, min(self._steps, end - begin - done)))
             done += shares[-1].num_steps
-            self._steps = min(2 * self._steps, max(1, self._together // share))
+            self._steps *= 2
         return shares
 
     def _compare(self, found: list[Assignment], first_slot: int) -> None:

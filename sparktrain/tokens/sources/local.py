@@ -33,7 +33,10 @@ class LocalSource:
         return os.fstat(self.descriptor).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        raw = os.pread(self.descriptor, length, offset)
+        try:
+            raw = os.pread(self.descriptor, length, offset)
+        except OSError as error:
+            raise DataError(f"shard {self.uri} cannot be read: {error.strerror}; check its disk") from None
         if len(raw) != length:
             end = min(offset + len(raw), self.size())
             raise DataError(

@@ -45,7 +45,7 @@ class MicroEpoch:
         }
         # Before there is a plan: what the function gives for the first microshard says what it gives.
         none = np.zeros(1, dtype=np.int64)
-        first = Share(0, none, none, none, none, none, none, [self._name], self._items.length, none)
+        first = Share(0, none, none, none, none, none, none, [self._name], self._items.length)
         self.shard = self._items.shard("micro-epoch", count(config), self._made(first)[0])
 
     def read(self, share: Share) -> Sequences:
