@@ -2,8 +2,9 @@
 
     shard bytes | crc32 of each 4 KiB of them, uint32 little-endian | crc32 of these, uint32 little-endian
 
-Its sha256 is checked once, as the bytes arrive; what is read later is checked against the sums each time, at memory
-speed and without reading more than the blocks concerned. These find decay, not forgery.
+Its sha256 is checked once, as the bytes arrive; what is read later is checked against the sums each time, without
+reading more than the blocks concerned. These find decay, not forgery. Who knows the crc32 of what it reads, as a rank
+does, reads past the sums first, by ``CachedSource.descriptor``.
 """
 
 import hashlib
