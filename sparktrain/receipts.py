@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparktrain.atomic import write
 from sparktrain.errors import DataError, LaunchError
-from sparktrain.plan import Ints
 
 # Rows that are held before they are written, checkpoint or not: some MB.
 _MOST = 1 << 16
+
+
+Ints = npt.NDArray[np.int64]
 
 
 class Receipt(NamedTuple):
