@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparktrain.errors import DataError
-from sparktrain.plan import Ints
+from sparktrain.plan import Ints, Share
 from sparktrain.tokens.shard import Shard
 
 
@@ -24,14 +24,14 @@ class Digests:
         self._places = {shard.path: (n, int(firsts[n]), int(firsts[n + 1])) for n, shard in enumerate(shards)}
         self._known: dict[str, npt.NDArray[np.uint32] | None] = {}
 
-    def of(self, paths: Sequence[str], path: Ints, microshard_id: Ints) -> Ints:
-        """``[n]`` int64: what each microshard of ``paths[path]`` is to have; -1: that is not known. Raises
+    def of(self, share: Share) -> Ints:
+        """``[n]`` int64: what each microshard of ``share`` is to have; -1: that is not known. Raises
         :class:`DataError` for a microshard that its shard, whose digests are known, has not; and for a file of them
         that was changed."""
-        found = np.full(len(path), -1, dtype=np.int64)
-        order = np.argsort(path, kind="stable")
-        bounds = np.searchsorted(path[order], np.arange(len(paths) + 1)).tolist()
-        for name, begin, end in zip(paths, bounds, bounds[1:], strict=False):
+        found = np.full(len(share), -1, dtype=np.int64)
+        order = np.argsort(share.path, kind="stable")
+        bounds = np.searchsorted(share.path[order], np.arange(len(share.paths) + 1)).tolist()
+        for name, begin, end in zip(share.paths, bounds, bounds[1:], strict=False):
             if begin == end:
                 continue
             if name not in self._known:
@@ -39,7 +39,7 @@ class Digests:
             known, (_, first, last) = self._known[name], self._places[name]
             if known is None:
                 continue
-            ids = microshard_id[order[begin:end]]
+            ids = share.microshard_id[order[begin:end]]
             if ids.min() < first or ids.max() >= last:
                 strange = next(i for i in ids.tolist() if not first <= i < last)
                 raise DataError(f"the plan has microshard {strange} in shard {name}, which it is not of: it was "

@@ -153,16 +153,21 @@ def test_windows_that_follow_one_another_are_one_request(
     assert asked == expected <= 6 * most
 
 
+def elsewhere(spec: PlanSpec) -> tuple[tokens.Shard, ...]:
+    """The shards of ``spec`` by a scheme that counts as another machine's, with what a manifest says of them."""
+    return tuple(
+        replace(s, path=f"local://{s.path}", num_bytes=len(raw), sha256=sha256(raw).hexdigest())
+        for s in spec.shards
+        for raw in [Path(s.path).read_bytes()]
+    )
+
+
 def test_shards_that_come_through_a_cache_give_the_same_batches(
     planned: tuple[RunDir, PlanSpec], tmp_path: Path
 ) -> None:
     directory, spec = planned
     local = list(Batches(directory, spec, 1, 2))
-    far = tuple(
-        replace(s, path=f"local://{s.path}", num_bytes=len(raw), sha256=sha256(raw).hexdigest())
-        for s in spec.shards
-        for raw in [Path(s.path).read_bytes()]
-    )
+    far = elsewhere(spec)
     there = replace(spec, shards=far)
     write(tmp_path, plan.rows(there, 0, there.num_positions))
     open_ = opener(Data(cache_dir=tmp_path / "cache"), known(far))
@@ -221,11 +226,7 @@ def test_a_digest_is_of_the_bytes_whatever_the_shape_of_an_array(tmp_path: Path,
 
 def test_a_window_that_decayed_in_the_cache_is_fetched_again(planned: tuple[RunDir, PlanSpec], tmp_path: Path) -> None:
     _, spec = planned
-    far = tuple(
-        replace(s, path=f"local://{s.path}", num_bytes=len(raw), sha256=sha256(raw).hexdigest())
-        for s in spec.shards
-        for raw in [Path(s.path).read_bytes()]
-    )
+    far = elsewhere(spec)
     there, directory = replace(spec, shards=far), RunDir(tmp_path)
     write(tmp_path, plan.rows(there, 0, there.num_positions))
     promise(directory, there)

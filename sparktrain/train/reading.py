@@ -19,8 +19,8 @@ from sparktrain.tokens.sequences import Sequences, Window, stack
 # Tokens of a range.
 RANGE = 1 << 21
 Read = tuple[Sequences, list[int]]
-# Digests of the microshards of shards, which are given by a number for each: ``sparktrain.digests.Digests.of``.
-Promised = Callable[[Sequence[str], Ints, Ints], Ints]
+# What the microshards of a share are to have: ``sparktrain.digests.Digests.of``.
+Promised = Callable[[Share], Ints]
 Stored = np.ndarray[Any, np.dtype[np.integer[Any]]]
 # Rows that are read into by one system call, at most: Linux and macOS take 1,024.
 _VECTORS = 1024
@@ -57,7 +57,7 @@ class Rows:
 
     def read(self, share: Share) -> Read:
         (array, rows), shared = self._empty(share), self._shared
-        promised = self._promised(share.paths, share.path, share.microshard_id)
+        promised = self._promised(share)
         alone, verified = list(zip(rows)), promised.min(initial=0) < 0
         joined: list[list[int]] = []
         for path, starts, runs in share.by_shard(self._length - shared, _VECTORS):
@@ -86,7 +86,7 @@ class Rows:
             view = memoryview(raw)
             for place, offset in zip(range_.places, range_.offsets, strict=True):
                 rows[place][:] = view[offset * size : (offset + self._length) * size]
-        return self._compared(share, self._promised(share.paths, share.path, share.microshard_id), array, rows)
+        return self._compared(share, self._promised(share), array, rows)
 
     def _empty(self, share: Share) -> tuple[Stored, list[memoryview]]:
         """Room for the windows, and that of each."""
@@ -96,12 +96,12 @@ class Rows:
 
     def _compared(self, share: Share, promised: Ints, array: Stored, rows: list[memoryview]) -> Read:
         digests = list(map(crc32, rows))
-        differ = (promised != digests) & (promised >= 0)
-        if differ.any():
-            for place in np.flatnonzero(differ).tolist():
-                with self._files.use(share.paths[share.path[place]]) as file:
-                    rows[place][:] = file.stored(int(share.start[place]), self._length)
-                digests[place] = crc32(rows[place])
+        again = _differing(promised, digests)
+        for place in again:
+            with self._files.use(share.paths[share.path[place]]) as file:
+                rows[place][:] = file.stored(int(share.start[place]), self._length)
+            digests[place] = crc32(rows[place])
+        if again:
             check(share, promised, digests)
         return Sequences(array, None, None, None), digests  # type: ignore[arg-type]
 
@@ -126,19 +126,23 @@ class Windows:
         """What :meth:`read` gives, from what :meth:`read_range` gave."""
         by_place = {place: found for range_, read in ranges for place, found in zip(range_.places, read, strict=True)}
         windows, digests = zip(*(by_place[place] for place in range(len(share))), strict=True)
-        check(share, self._promised(share.paths, share.path, share.microshard_id), digests)
+        check(share, self._promised(share), digests)
         return stack(windows), list(digests)
 
 
 def check(share: Share, promised: Ints, digests: Sequence[int]) -> None:
     """Raises :class:`DataError` where a window of ``share`` has another digest than was ``promised``."""
-    differ = (promised != digests) & (promised >= 0)
-    if differ.any():
-        at = int(np.argmax(differ))
+    for at in _differing(promised, digests):
         raise DataError(
             f"shard {share.paths[share.path[at]]} has other bytes than when the run was planned: the sequence at token "
             f"{share.start[at]} has crc32 {digests[at]:08x}, had {promised[at]:08x}; restore the shard"
         )
+
+
+def _differing(promised: Ints, digests: Sequence[int]) -> list[int]:
+    """Places of windows that have another digest than was promised."""
+    found: list[int] = np.flatnonzero((promised != digests) & (promised >= 0)).tolist()
+    return found
 
 
 def _cut(piece: Window, offset: int, length: int) -> Window:
